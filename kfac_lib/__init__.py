@@ -1,0 +1,32 @@
+"""KFAC from scratch: the library that the book builds, one module for one idea.
+
+Read the modules in this order: flattening, autodiff, losses, fisher, curvature, kronecker, damping,
+layers, coverage, rows, capture, stream, accumulate, kfac. The names below are the ones to import.
+"""
+
+from kfac_lib.accumulate import Expand, Reduce
+from kfac_lib.damping import Exact, Factored, Plain
+from kfac_lib.fisher import Empirical, MonteCarlo, TypeII
+from kfac_lib.flattening import cvec, cvec_inverse, rvec, rvec_inverse
+from kfac_lib.kfac import KFAC, exact_blocks
+from kfac_lib.kronecker import EigenKronecker, Kronecker
+
+__all__ = [
+    "KFAC",
+    "EigenKronecker",
+    "Empirical",
+    "Exact",
+    "Expand",
+    "Factored",
+    "Kronecker",
+    "MonteCarlo",
+    "Plain",
+    "Reduce",
+    "TypeII",
+    "cvec",
+    "cvec_inverse",
+    "exact_blocks",
+    "rvec",
+    "rvec_inverse",
+]
+__version__ = "0.1.0"

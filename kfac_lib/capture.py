@@ -1,0 +1,193 @@
+"""A source of rows by hooks: what every call of every layer reads, and where it writes.
+
+A forward hook notes the layer's input and the *place in the graph* of its output. The place, not
+the output tensor: an activation that works in place overwrites the tensor, but not the graph behind
+it. Explained in the section :ref:`kfac-rows`.
+"""
+
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge, get_gradient_edge
+
+from kfac_lib.layers import check_linear
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call of a layer: its input, detached, and the place of its output in the graph.
+
+    See :ref:`kfac-rows`.
+
+    Args:
+        name: The layer's name in the model.
+        layer: The layer.
+        x: Its input, of any shape with the datum as axis 0.
+        version: The input's version counter when the layer read it.
+        edge: Where the output enters the graph; usable as input of :func:`torch.autograd.grad`.
+    """
+
+    name: str
+    layer: nn.Module
+    x: Tensor
+    version: int
+    edge: GradientEdge
+
+
+@contextmanager
+def capture(layers: Mapping[str, nn.Module]) -> Iterator[dict[str, list[Call]]]:
+    """Record every call of the layers while the context is open (:ref:`kfac-rows`).
+
+    All hooks are gone when the context is left, whatever the reason.
+
+    Args:
+        layers: The layers by name.
+
+    Yields:
+        For each layer the list of its calls, filled as the model runs.
+
+    Raises:
+        ValueError: If a layer runs without recording a graph.
+        NotImplementedError: If a subclass does not compute the map of its weight and bias.
+
+    Example:
+        >>> net = nn.Sequential(nn.Linear(2, 3), nn.ReLU())
+        >>> with capture({"0": net[0]}) as calls:
+        ...     f = net(torch.ones(5, 2))
+        >>> calls["0"][0].x.shape
+        torch.Size([5, 2])
+    """
+    calls: dict[str, list[Call]] = {name: [] for name in layers}
+
+    def record(name: str, layer: nn.Module, args: Any, kwargs: Any, z: Any) -> None:
+        x = args[0] if args else kwargs.get("input")
+        if not isinstance(x, Tensor) or not isinstance(z, Tensor):
+            raise NotImplementedError(
+                f"Layer {name!r} ({type(layer).__name__}) does not take and return one tensor. "
+                f"Pass ignore=[{name!r}] to leave it out."
+            )
+        if not z.requires_grad:
+            raise ValueError(
+                f"Layer {name!r} ran without a graph (torch.no_grad, or activation checkpointing), "
+                "so nothing can be backpropagated to it. Run the model with grad."
+            )
+        check_linear(name, layer, x, z)
+        calls[name].append(Call(name, layer, x.detach(), x._version, get_gradient_edge(z)))
+
+    with ExitStack() as stack:
+        for name, layer in layers.items():
+
+            def hook(layer: nn.Module, args: Any, kwargs: Any, z: Any, *, name: str = name) -> None:
+                record(name, layer, args, kwargs, z)
+
+            # Before the caller's own hooks, which may replace the output.
+            handle = layer.register_forward_hook(hook, prepend=True, with_kwargs=True)
+            stack.callback(handle.remove)
+        yield calls
+
+
+def check_calls(calls: Mapping[str, list[Call]], f: Tensor) -> None:
+    """Refuse what would give silently wrong factors (:ref:`kfac-rows`).
+
+    Args:
+        calls: What :func:`capture` recorded.
+        f: The prediction, attached to its graph.
+
+    Raises:
+        ValueError: If a layer did not run, if what it read was overwritten, or if its axis 0 is
+            not that of the prediction.
+        NotImplementedError: If a layer ran more than once, or its weight is used outside of it.
+
+    Example:
+        >>> net = nn.Sequential(nn.Linear(2, 3), nn.ReLU(inplace=True))
+        >>> with capture({"0": net[0]}) as calls:
+        ...     f = net(torch.ones(5, 2))
+        >>> check_calls(calls, f)
+    """
+    uses = _uses_in_graph(f)
+    for name, of_layer in calls.items():
+        drop = f"Pass ignore=[{name!r}] to leave it out."
+        if not of_layer:
+            raise ValueError(
+                f"Layer {name!r} did not run in the forward pass, so it has no factors (modules "
+                f"that use a layer's weight without calling it look like this). {drop}"
+            )
+        layer = of_layer[0].layer
+        if len(of_layer) > 1:
+            raise NotImplementedError(
+                f"Layer {name!r} ({type(layer).__name__}) ran {len(of_layer)} times in one forward "
+                f"pass. A reused layer is not supported. {drop}"
+            )
+        for leaf, parameter in layer.named_parameters(recurse=False):
+            if parameter.requires_grad and uses.get(id(parameter), 0) > 1:
+                raise NotImplementedError(
+                    f"The {leaf} of layer {name!r} is used {uses[id(parameter)]} times on the way "
+                    f"to the prediction, but its layer ran once. {drop}"
+                )
+        call = of_layer[0]
+        if call.x._version != call.version:
+            raise ValueError(
+                f"The input of layer {name!r} was overwritten in place after the layer had read "
+                "it (as in x += layer(x)), so its factors would be wrong. Write x = x + layer(x)."
+            )
+        if call.x.shape[:1] != f.shape[:1]:
+            raise ValueError(
+                f"Layer {name!r} got an input of shape {tuple(call.x.shape)}, but the prediction "
+                f"has {f.shape[0]} data (shape {tuple(f.shape)}). Axis 0 must be the datum in "
+                "both: keep shared axes apart, as (N, S, D), instead of merging them into N."
+            )
+
+
+def _uses_in_graph(f: Tensor) -> dict[int, int]:
+    """How many nodes of f's graph use each leaf, by the leaf's id."""
+    uses: dict[int, int] = {}
+    todo, seen = [f.grad_fn], {f.grad_fn}
+    while todo:
+        node = todo.pop()
+        for child, _ in node.next_functions if node is not None else ():
+            if child is None:
+                continue
+            leaf = getattr(child, "variable", None)
+            if isinstance(leaf, Tensor):
+                uses[id(leaf)] = uses.get(id(leaf), 0) + 1
+            elif child not in seen:
+                seen.add(child)
+                todo.append(child)
+    return uses
+
+
+def require_graph(f: Any) -> Tensor:
+    """Return the prediction, or refuse one that nothing can be backpropagated from.
+
+    See :ref:`kfac-rows`.
+
+    Raises:
+        TypeError: If it is no tensor.
+        ValueError: If it has no axis for the data, no graph, or entries that are not finite.
+
+    Example:
+        >>> require_graph(nn.Linear(2, 3)(torch.ones(5, 2))).shape
+        torch.Size([5, 3])
+    """
+    if not isinstance(f, Tensor):
+        raise TypeError(
+            f"The model returned a {type(f).__name__}. Wrap it so that it returns one tensor, the "
+            "prediction that the loss takes."
+        )
+    if f.ndim < 2:
+        raise ValueError(
+            f"The prediction has shape {tuple(f.shape)}. Give (N, ...): axis 0 is the datum, and "
+            "at least one more axis follows, for example f.unsqueeze(1)."
+        )
+    if not f.requires_grad:
+        raise ValueError(
+            "The prediction has no graph: the model ran without grad (torch.no_grad, .detach() or "
+            ".data inside its forward). Nothing can be backpropagated from it."
+        )
+    if not bool(torch.isfinite(f).all()):
+        raise ValueError("The prediction holds NaN or inf. Look at the data and the parameters.")
+    return f

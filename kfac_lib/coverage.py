@@ -1,0 +1,186 @@
+"""Which parameters a computation covers: nothing is left out silently.
+
+Names select layers and parameters by :mod:`fnmatch` patterns. Explained in the section
+:ref:`kfac-rows`.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+
+from torch import nn
+
+from kfac_lib.layers import is_supported, supported
+
+
+@dataclass(frozen=True)
+class Coverage:
+    """The layers to take, and the parameters left out, by name (:ref:`kfac-rows`).
+
+    Args:
+        layers: The layers to take, in the model's order.
+        biases: Names of those whose bias is covered too.
+        frozen: Parameters that do not require grad.
+        ignored: Trainable parameters that the caller leaves out.
+    """
+
+    layers: dict[str, nn.Module]
+    biases: frozenset[str]
+    frozen: tuple[str, ...]
+    ignored: tuple[str, ...]
+
+
+def cover(
+    model: nn.Module, layers: Sequence[str] | str | None = None, ignore: Sequence[str] | str = ()
+) -> Coverage:
+    """Decide which layers to take (:ref:`kfac-rows`).
+
+    A pattern matches a parameter by the parameter's own name (``"fc.bias"``), by its layer's
+    (``"fc"``), or by that of a module around it (``"encoder"``).
+
+    Args:
+        model: Network.
+        layers: Patterns of what to take; all trainable parameters when not given.
+        ignore: Patterns of what to leave out.
+
+    Returns:
+        The decision.
+
+    Raises:
+        TypeError: If the model is no module.
+        ValueError: If a pattern matches nothing, something is named in both, nothing is left, or
+            a bias is to be covered without its weight.
+        NotImplementedError: If a trainable parameter that is not left out belongs to no supported
+            layer, or to two layers at once.
+
+    Example:
+        >>> net = nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 1))
+        >>> list(cover(net, ignore=["0"]).layers)
+        ['1']
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"The model is a {type(model).__name__}; give a torch.nn.Module.")
+    modules = dict(model.named_modules())
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    taken = set(parameters) if layers is None else _matching(_as_list(layers), "layers", parameters)
+    ignored = _matching(_as_list(ignore), "ignore", parameters)
+    both = sorted(taken & ignored) if layers is not None else []
+    if both:
+        raise ValueError(f"Named in both layers and ignore: {', '.join(both)}. Name each in one.")
+    frozen = [name for name, p in parameters.items() if not p.requires_grad]
+    wanted = [n for n in parameters if n in taken and n not in ignored and n not in frozen]
+    if not wanted:
+        raise ValueError(
+            "No trainable parameter is left to cover: all are frozen, ignored or not selected "
+            f"(frozen: {', '.join(frozen) or 'none'})."
+        )
+    unsupported = [n for n in wanted if not is_supported(modules[_owner(n)]) or not _is_known(n)]
+    if unsupported:
+        first = unsupported[0]
+        owner = _owner(first)
+        paste = sorted(
+            {
+                _owner(n) if not is_supported(modules[_owner(n)]) and _owner(n) else n
+                for n in unsupported
+            },
+            key=list(modules | parameters).index,
+        )
+        what = f"layer {owner!r}" if owner else "the model's own parameter"
+        raise NotImplementedError(
+            f"KFAC does not support {what} ({type(modules[owner]).__name__}), which holds the "
+            f"trainable parameter {first!r}. Supported: {supported()}. Pass "
+            f"ignore={_paste(paste)} to leave out what is not supported."
+        )
+    holders: dict[int, list[str]] = {}
+    for name, parameter in parameters.items():
+        holders.setdefault(id(parameter), []).append(name)
+    for name in wanted:
+        shared = holders[id(parameters[name])]
+        if len(shared) > 1:
+            raise NotImplementedError(
+                f"The parameters {', '.join(shared)} are one and the same (tied). KFAC of a tied "
+                f"weight is not the sum of the parts; pass ignore={_paste(shared)} to leave it out."
+            )
+    weights = [n for n in wanted if n.rpartition(".")[2] == "weight"]
+    biases = [n for n in wanted if n.rpartition(".")[2] == "bias"]
+    alone = [n for n in biases if _sibling(n, "weight") not in weights]
+    if alone:
+        raise ValueError(
+            f"{', '.join(alone)}: trainable, but its weight is frozen or left out. A bias is "
+            f"covered with its weight only; pass ignore={_paste(alone)} to leave it out."
+        )
+    return Coverage(
+        layers={_owner(n): modules[_owner(n)] for n in weights},
+        biases=frozenset(_owner(n) for n in biases),
+        frozen=tuple(frozen),
+        ignored=tuple(n for n in parameters if n not in wanted and n not in frozen),
+    )
+
+
+def check_per_datum(model: nn.Module) -> None:
+    """Refuse modules whose output for a datum is random or depends on other data.
+
+    See :ref:`kfac-rows`: the factors of such a net are not defined datum by datum.
+
+    Raises:
+        ValueError: For active dropout, and for batch normalization over batch statistics.
+
+    Example:
+        >>> check_per_datum(nn.Sequential(nn.Linear(2, 3), nn.Dropout(0.1)).eval())
+    """
+    for name, module in model.named_modules():
+        kind = type(module).__name__
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and (
+            module.training or module.running_mean is None
+        ):
+            raise ValueError(
+                f"Layer {name!r} ({kind}) normalizes over the batch, so one datum's prediction "
+                "depends on the others. Call model.eval() first (with running statistics)."
+            )
+        p = getattr(module, "p", 0) if isinstance(module, nn.modules.dropout._DropoutNd) else 0
+        p = module.dropout if isinstance(module, nn.MultiheadAttention | nn.RNNBase) else p
+        if module.training and (p > 0 or isinstance(module, nn.RReLU)):
+            raise ValueError(
+                f"Layer {name!r} ({kind}) is random in training mode, so the curvature is that of "
+                "a random net. Call model.eval() first."
+            )
+
+
+def _as_list(patterns: Sequence[str] | str) -> list[str]:
+    return [patterns] if isinstance(patterns, str) else list(patterns)
+
+
+def _matching(patterns: Iterable[str], argument: str, parameters: Iterable[str]) -> set[str]:
+    found: set[str] = set()
+    names = list(parameters)
+    for pattern in patterns:
+        hits = {n for n in names if any(fnmatchcase(c, pattern) for c in _names_of(n))}
+        if not hits:
+            raise ValueError(
+                f"{argument}: {pattern!r} matches no layer or parameter. The parameters are "
+                f"{', '.join(names) or 'none'}."
+            )
+        found |= hits
+    return found
+
+
+def _names_of(parameter: str) -> list[str]:
+    parts = parameter.split(".")
+    return [""] * (len(parts) == 1) + [".".join(parts[: i + 1]) for i in range(len(parts))]
+
+
+def _owner(parameter: str) -> str:
+    return parameter.rpartition(".")[0]
+
+
+def _sibling(parameter: str, leaf: str) -> str:
+    owner = _owner(parameter)
+    return f"{owner}.{leaf}" if owner else leaf
+
+
+def _is_known(parameter: str) -> bool:
+    return parameter.rpartition(".")[2] in ("weight", "bias")
+
+
+def _paste(names: Iterable[str]) -> str:
+    return "[" + ", ".join(f'"{name}"' for name in names) + "]"

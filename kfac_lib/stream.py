@@ -1,0 +1,189 @@
+"""The stream of rows: the one place that calls autograd.
+
+For every batch, layer by layer and chunk by chunk of the flavour's vectors, it yields inputs x and
+pseudo-gradients g. Whoever consumes them, factors, exact blocks or whatever comes, never sees a
+graph. Explained in the section :ref:`kfac-pseudo-gradients`.
+"""
+
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge
+
+from kfac_lib.capture import Call, capture, check_calls, require_graph
+from kfac_lib.coverage import Coverage, check_per_datum
+from kfac_lib.fisher import Fisher
+from kfac_lib.layers import input_rows, output_rows
+from kfac_lib.losses import Criterion
+from kfac_lib.rows import Count, LayerRows
+
+Data = Any
+"""One pair (X, y), or an iterable of them. X may be whatever the model takes."""
+
+
+def batches(data: Data) -> Iterator[tuple[Any, Tensor]]:
+    """Iterate over pairs (X, y), whether one or many were given (:ref:`kfac-batches`).
+
+    Args:
+        data: One pair (X, y) whose y is a tensor, or an iterable of such pairs.
+
+    Yields:
+        Pairs (X, y).
+
+    Raises:
+        TypeError: If it is something else.
+        ValueError: If there is no batch, or a batch has no datum.
+
+    Example:
+        >>> X, y = torch.ones(5, 2), torch.zeros(5, 3)
+        >>> len(list(batches((X, y)))), len(list(batches([(X, y), (X, y)])))
+        (1, 2)
+    """
+    hint = "Give one pair (X, y) of inputs and a target tensor, or an iterable of such pairs"
+    if _is_pair(data):
+        data = [data]
+    elif not isinstance(data, Iterable) or isinstance(data, Tensor | Mapping | str):
+        raise TypeError(f"The data are a {type(data).__name__}. {hint}.")
+    number = 0
+    for number, pair in enumerate(data, start=1):
+        if not _is_pair(pair):
+            raise TypeError(f"Batch {number} is a {type(pair).__name__}. {hint}.")
+        X, y = pair
+        if y.ndim == 0 or len(y) == 0:
+            raise ValueError(f"Batch {number} is empty: its targets have shape {tuple(y.shape)}.")
+        for name, tensor in [("inputs X", t) for t in _tensors(X)] + [("targets y", y)]:
+            if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+                raise ValueError(
+                    f"The {name} of batch {number} hold NaN or inf. Clean the data first: one such "
+                    "entry would spoil every factor."
+                )
+        yield X, y
+    if number == 0:
+        raise ValueError(f"The data hold no batch. {hint}; an iterator can be used only once.")
+
+
+def stream(
+    model: nn.Module,
+    criterion: Criterion,
+    fisher: Fisher,
+    data: Data,
+    coverage: Coverage,
+    *,
+    chunk_size: int | None = None,
+) -> Iterator[tuple[str, LayerRows]]:
+    """Run the model over the data and yield the rows of every layer.
+
+    See :ref:`kfac-pseudo-gradients`. One forward pass and ⌈V / chunk_size⌉ calls of
+    :func:`torch.autograd.grad` a batch; V calls if an operation of the model cannot be batched.
+
+    Args:
+        model: Network; called in the mode that it is in.
+        criterion: The criterion.
+        fisher: The flavour.
+        data: One pair (X, y), or an iterable of them.
+        coverage: The layers to take.
+        chunk_size: How many vectors are backpropagated at once; all when not given.
+
+    Yields:
+        Pairs of a layer's name and its rows.
+
+    Raises:
+        ValueError: For bad data, or a model whose factors are not defined.
+        NotImplementedError: For a model that is not supported.
+
+    Example:
+        >>> from kfac_lib.coverage import cover
+        >>> from kfac_lib.fisher import TypeII
+        >>> from kfac_lib.losses import SquaredError
+        >>> net, data = nn.Linear(2, 3), (torch.ones(5, 2), torch.zeros(5, 3))
+        >>> for name, rows in stream(net, SquaredError("mean"), TypeII(), data, cover(net)):
+        ...     print(repr(name), tuple(rows.x.shape), tuple(rows.g.shape))
+        '' (5, 1, 2) (3, 5, 1, 3)
+    """
+    if chunk_size is not None and (not isinstance(chunk_size, int) or chunk_size < 1):
+        raise ValueError(f"chunk_size={chunk_size!r}: use a positive integer, or None for all.")
+    if torch.is_inference_mode_enabled():
+        raise ValueError("Inference mode records no graph. Leave torch.inference_mode() first.")
+    check_per_datum(model)
+    for X, y in batches(data):
+        with torch.enable_grad(), capture(coverage.layers) as calls:
+            f = require_graph(model(X))
+        if len(f) != len(y):
+            raise ValueError(
+                f"The prediction has {len(f)} data, the targets {len(y)}. Axis 0 must be the datum."
+            )
+        criterion.check(f, y)
+        check_calls(calls, f)
+        count = Count(len(f), criterion.denominator(f, y))
+        single = {name: of_layer[0] for name, of_layer in calls.items()}
+        x = {name: input_rows(call.layer, call.x) for name, call in single.items()}
+        for gradients in _pseudo_gradients(f, single, fisher.vectors(criterion, f, y), chunk_size):
+            for name, g in gradients.items():
+                bias = 1.0 if name in coverage.biases else None
+                yield name, LayerRows(x[name], output_rows(single[name].layer, g), bias, count)
+            count = Count(0, 0)
+
+
+def _pseudo_gradients(
+    f: Tensor, calls: Mapping[str, Call], vectors: Tensor, chunk_size: int | None
+) -> Iterator[dict[str, Tensor]]:
+    size = chunk_size or len(vectors)
+    edges = [call.edge for call in calls.values()]
+    for start in range(0, len(vectors), size):
+        chunk = vectors[start : start + size]
+        rows = _batched_vjp(f, edges, chunk, keep=start + size < len(vectors))
+        gradients = {name: g for name, g in zip(calls, rows, strict=True) if g is not None}
+        unreached = [name for name in calls if name not in gradients]
+        if unreached:
+            raise ValueError(
+                f"The prediction does not depend on layer {unreached[0]!r}: its output is "
+                f"discarded or detached. Pass ignore={unreached} to leave it out."
+            )
+        yield gradients
+
+
+def _batched_vjp(
+    f: Tensor, edges: list[GradientEdge], vectors: Tensor, keep: bool
+) -> list[Tensor | None]:
+    """Backpropagate V vectors in one call, or one by one where batching has no rule."""
+
+    def one_by_one() -> list[Tensor | None]:
+        last = len(vectors) - 1
+        each = [
+            torch.autograd.grad(f, edges, v, retain_graph=keep or i < last, allow_unused=True)
+            for i, v in enumerate(vectors)
+        ]
+        return [None if g[0] is None else torch.stack(g) for g in zip(*each, strict=True)]
+
+    if len(vectors) == 1:
+        return one_by_one()
+    try:
+        # The graph must outlive a failed attempt.
+        return list(
+            torch.autograd.grad(
+                f,
+                edges,
+                vectors,
+                retain_graph=True,
+                allow_unused=True,
+                is_grads_batched=True,
+            )
+        )
+    except RuntimeError:
+        return one_by_one()
+
+
+def _is_pair(data: Any) -> bool:
+    return isinstance(data, tuple | list) and len(data) == 2 and isinstance(data[1], Tensor)
+
+
+def _tensors(X: Any) -> Iterator[Tensor]:
+    if isinstance(X, Tensor):
+        yield X
+    elif isinstance(X, Mapping):
+        yield from _tensors(list(X.values()))
+    elif isinstance(X, tuple | list):
+        for part in X:
+            yield from _tensors(part)
