@@ -8,6 +8,7 @@ it. Explained in the section :ref:`kfac-rows`.
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from math import isfinite
 from typing import Any
 
 import torch
@@ -160,6 +161,17 @@ def _uses_in_graph(f: Tensor) -> dict[int, int]:
     return uses
 
 
+def is_finite(tensor: Tensor) -> bool:
+    """Whether no entry is NaN or inf (:ref:`kfac-rows`).
+
+    Example:
+        >>> is_finite(torch.ones(3)), is_finite(torch.tensor([1.0, torch.inf]))
+        (True, False)
+    """
+    # A finite sum needs one pass and has no hidden NaN or inf; a sum may overflow, entries decide.
+    return isfinite(tensor.detach().sum().item()) or bool(torch.isfinite(tensor).all())
+
+
 def require_graph(f: Any) -> Tensor:
     """Return the prediction, or refuse one that nothing can be backpropagated from.
 
@@ -188,6 +200,6 @@ def require_graph(f: Any) -> Tensor:
             "The prediction has no graph: the model ran without grad (torch.no_grad, .detach() or "
             ".data inside its forward). Nothing can be backpropagated from it."
         )
-    if not bool(torch.isfinite(f).all()):
+    if not is_finite(f):
         raise ValueError("The prediction holds NaN or inf. Look at the data and the parameters.")
     return f

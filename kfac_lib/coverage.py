@@ -60,7 +60,7 @@ def cover(
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"The model is a {type(model).__name__}; give a torch.nn.Module.")
-    modules = dict(model.named_modules())
+    modules = dict(model.named_modules(remove_duplicate=False))
     parameters = dict(model.named_parameters(remove_duplicate=False))
     taken = set(parameters) if layers is None else _matching(_as_list(layers), "layers", parameters)
     ignored = _matching(_as_list(ignore), "ignore", parameters)

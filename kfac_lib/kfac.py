@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from kfac_lib.accumulate import ExactBlocks, Expand, FactorSums, Sharing
+from kfac_lib.capture import is_finite
 from kfac_lib.coverage import Coverage, cover
 from kfac_lib.fisher import Fisher, TypeII
 from kfac_lib.flattening import Order, check_order
@@ -250,7 +251,8 @@ def _accumulate(
 
 
 def _finite(name: str, *results: Tensor) -> tuple[Tensor, ...]:
-    if not all(bool(torch.isfinite(result).all()) for result in results):
+    # In a positive semi-definite matrix no entry exceeds the largest on the diagonal.
+    if not all(is_finite(result.diagonal()) for result in results):
         raise ValueError(
             f"The factors of layer {name!r} hold NaN or inf: its inputs or gradients overflow in "
             f"{results[0].dtype}. Look at the scale of the data and of the parameters."

@@ -165,7 +165,7 @@ class CrossEntropy(Criterion):
                 f"CrossEntropyLoss: the targets have dtype {y.dtype}. Give class indices, for "
                 "example y.long()."
             )
-        low, high = int(y.min()), int(y.max())
+        low, high = (int(bound) for bound in y.aminmax())
         if low < 0 or high >= f.shape[1]:
             raise ValueError(
                 f"CrossEntropyLoss: the targets lie in {low}..{high}, but the logits have "
@@ -179,17 +179,21 @@ class CrossEntropy(Criterion):
         return -self.log_likelihood_gradient(f, y.unsqueeze(0))[0]
 
     def hessian_root(self, f: Tensor, y: Tensor, columns: Columns = "full") -> Tensor:  # noqa: D102
-        # At one position, with q = √p: L = diag(q) − p qᵀ. L q = 0, so L times any orthonormal
+        # At one position, with q = √p: L = diag(q) − p qᵀ. L q = 0, so L times an orthonormal
         # basis of q's complement is a root with one column less.
         classes, positions = f.shape[1], f[0, 0].numel()
         p = f.reshape(f.shape[0], classes, positions).softmax(1)
         q = p.sqrt()
-        eye = torch.eye(classes, dtype=f.dtype, device=f.device)
-        root = torch.einsum("nkt,kj->jnkt", q, eye) - torch.einsum("nkt,njt->jnkt", p, q)
-        if columns == "minimal":
-            # s_k = q_k (e_k − (p + q_K e_K) / (1 + q_K)): no small divisor, exact at p = 0 and 1.
-            shift = (p + q[:, -1:] * eye[-1].reshape(1, -1, 1)) / (1 + q[:, -1:])
-            root = torch.einsum("njt,jnkt->jnkt", q, eye.reshape(-1, 1, classes, 1) - shift)[:-1]
+        if columns == "full":
+            root = -q.movedim(1, 0).unsqueeze(2) * p
+        else:
+            # s_j = q_j (e_j − (p + q_K e_K) / (1 + q_K)): no small divisor, exact at p = 0 and 1.
+            last = q[:, -1:]
+            shift = torch.cat([p[:, :-1], p[:, -1:] + last], dim=1) / (1 + last)
+            root = -q[:, :-1].movedim(1, 0).unsqueeze(2) * shift
+        root.diagonal(dim1=0, dim2=2).add_(q[:, : len(root)].movedim(1, 2))
+        if positions == 1:
+            return root.reshape(-1, *f.shape)
         at = torch.eye(positions, dtype=f.dtype, device=f.device)
         return torch.einsum("jnkt,ts->jsnkt", root, at).reshape(-1, *f.shape)
 
@@ -201,9 +205,9 @@ class CrossEntropy(Criterion):
         return labels.T.reshape(samples, *p.shape[:-1])
 
     def log_likelihood_gradient(self, f: Tensor, labels: Tensor) -> Tensor:  # noqa: D102
-        gradient = (-f.softmax(1)).repeat(len(labels), *[1] * f.ndim)
+        gradient = (-f.softmax(1)).expand(len(labels), *f.shape).clone()
         index = labels.long().unsqueeze(2)
-        return gradient.scatter_add_(2, index, torch.ones_like(index, dtype=f.dtype))
+        return gradient.scatter_add_(2, index, gradient.new_ones(()).expand(index.shape))
 
     def denominator(self, f: Tensor, y: Tensor) -> int:  # noqa: D102
         return y.numel()

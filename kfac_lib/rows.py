@@ -67,13 +67,14 @@ class LayerRows:
     def input_gram(self) -> Tensor:
         """Return Σ_{n,s} x̃ x̃ᵀ, shape (D_in [+1], D_in [+1])."""
         x = self.x.flatten(0, 1)
-        gram = x.T @ x
         if self.bias is None:
-            return gram
-        side = self.bias * x.sum(0)
-        corner = side.new_full((1,), self.bias**2 * len(x))
-        top = torch.cat([gram, side.unsqueeze(1)], dim=1)
-        return torch.cat([top, torch.cat([side, corner]).unsqueeze(0)])
+            return x.T @ x
+        D = x.shape[1]
+        gram = x.new_empty(D + 1, D + 1)
+        gram[:D, :D] = x.T @ x
+        gram[D, :D] = gram[:D, D] = self.bias * x.sum(0)
+        gram[D, D] = self.bias**2 * len(x)
+        return gram
 
     def output_gram(self) -> Tensor:
         """Return Σ_{v,n,s} g gᵀ, shape (D_out, D_out)."""

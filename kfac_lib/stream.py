@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge
 
-from kfac_lib.capture import Call, capture, check_calls, require_graph
+from kfac_lib.capture import Call, capture, check_calls, is_finite, require_graph
 from kfac_lib.coverage import Coverage, check_per_datum
 from kfac_lib.fisher import Fisher
 from kfac_lib.layers import input_rows, output_rows
@@ -54,7 +54,7 @@ def batches(data: Data) -> Iterator[tuple[Any, Tensor]]:
         if y.ndim == 0 or len(y) == 0:
             raise ValueError(f"Batch {number} is empty: its targets have shape {tuple(y.shape)}.")
         for name, tensor in [("inputs X", t) for t in _tensors(X)] + [("targets y", y)]:
-            if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            if tensor.is_floating_point() and not is_finite(tensor):
                 raise ValueError(
                     f"The {name} of batch {number} hold NaN or inf. Clean the data first: one such "
                     "entry would spoil every factor."
@@ -155,6 +155,8 @@ def _batched_vjp(
             torch.autograd.grad(f, edges, v, retain_graph=keep or i < last, allow_unused=True)
             for i, v in enumerate(vectors)
         ]
+        if last == 0:
+            return [None if g is None else g.unsqueeze(0) for g in each[0]]
         return [None if g[0] is None else torch.stack(g) for g in zip(*each, strict=True)]
 
     if len(vectors) == 1:
