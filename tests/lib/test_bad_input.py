@@ -1,0 +1,279 @@
+"""Bad input: a clear error that says what to do, and nothing changed."""
+
+from contextlib import nullcontext
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+from truth import To, data_for, left_alone, mlp
+
+from kfac_lib import KFAC, MonteCarlo, exact_blocks
+
+pytestmark = pytest.mark.usefixtures("float64")
+MSE, CE = nn.MSELoss(), nn.CrossEntropyLoss()
+X, Y = torch.ones(5, 4).double(), torch.ones(5, 3).double()
+
+
+def refused(model, error, words, data=None, loss=MSE, **options):
+    """Both entry points raise, and the model, with hooks and gradients of its own, is the same."""
+    if isinstance(model, nn.Module):
+        module = next(m for m in model.modules() if not list(m.children()))
+        module.register_forward_hook(lambda layer, args, z: None)
+        module.register_forward_pre_hook(lambda layer, args: None)
+        for p in model.parameters():
+            if p.is_floating_point():
+                p.grad = torch.ones_like(p)
+    data = data_for(loss, 5) if data is None else data
+    exact = {key: value for key, value in options.items() if key not in ("bias", "sharing")}
+    for compute in (
+        lambda: KFAC.compute(model, loss, data, **options),
+        lambda: exact_blocks(model, loss, data, order="cvec", **exact),
+    ):
+        before = left_alone(model) if isinstance(model, nn.Module) else nullcontext()
+        with before, pytest.raises(error, match=words):
+            compute()
+
+
+class Net(nn.Module):
+    """Two layers, run by a function given from outside."""
+
+    def __init__(self, run, D=4):
+        super().__init__()
+        self.a, self.b, self.run = nn.Linear(4, D), nn.Linear(D, 3), run
+
+    def forward(self, x):
+        return self.run(self, x)
+
+
+def test_an_unsupported_layer_with_parameters():
+    model = nn.Sequential(nn.Linear(4, 3), nn.LayerNorm(3))
+    words = r'layer \'1\' \(LayerNorm\).*Supported: Linear.*ignore=\["1"\]'
+    refused(model, NotImplementedError, words)
+
+
+def test_a_parameter_of_the_model_itself():
+    class Scaled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.scale, self.fc = nn.Parameter(torch.ones(3)), nn.Linear(4, 3)
+
+        def forward(self, x):
+            return self.scale * self.fc(x)
+
+    refused(Scaled(), NotImplementedError, r'own parameter.*\'scale\'.*ignore=\["scale"\]')
+    assert list(KFAC.compute(Scaled(), MSE, data_for(MSE, 5), ignore=["scale"])) == ["fc"]
+
+
+@pytest.mark.parametrize(
+    ("run", "error", "words"),
+    [
+        (lambda m, x: m.b(x), ValueError, r"'a' did not run.*ignore"),
+        (lambda m, x: m.b(m.a(m.a(x))), NotImplementedError, r"'a' \(Linear\) ran 2 times.*ignore"),
+        (lambda m, x: m.b(x) + 0 * m.a(x).detach()[:, :3], ValueError, r"not depend.*'a'.*ignore"),
+        (
+            lambda m, x: m.b(m.a(x) + x @ m.a.weight.T),
+            NotImplementedError,
+            r"weight of layer 'a' is used 2 times.*ignore",
+        ),
+        (lambda m, x: m.b(m.a(x)).detach(), ValueError, r"no graph.*detach"),
+        (lambda m, x: m.b(m.a(x)).sum(1), ValueError, r"\(5,\).*axis 0.*unsqueeze"),
+        (lambda m, x: (m.b(m.a(x)), x), TypeError, r"tuple.*one tensor"),
+        (lambda m, x: m.b(m.a(x)) / 0, ValueError, r"NaN or inf"),
+        (lambda m, x: m.b(m.a(x)).repeat(2, 1), ValueError, r"10 data.*5|5.*10 data"),
+    ],
+    ids=["not run", "twice", "detached", "outside", "no grad", "1d", "tuple", "inf", "length"],
+)
+def test_a_forward_pass_that_gives_no_factors(run, error, words):
+    refused(Net(run), error, words)
+
+
+def test_a_layer_or_a_prediction_without_grad():
+    def layer_without_grad(m, x):
+        with torch.no_grad():
+            z = m.a(x)
+        return m.b(z)
+
+    def all_without_grad(m, x):
+        with torch.no_grad():
+            return m.b(m.a(x))
+
+    refused(Net(layer_without_grad), ValueError, r"'a' ran without a graph.*grad")
+    refused(Net(all_without_grad), ValueError, r"without a graph.*grad")
+
+
+def test_inference_mode():
+    model, data = mlp(4, 3), data_for(MSE, 5)
+    with torch.inference_mode():
+        refused(model, ValueError, r"inference_mode", data)
+
+
+def test_an_input_that_is_overwritten_after_the_layer_read_it():
+    def residual_in_place(m, x):
+        h = x * 1.0
+        h += m.a(h)
+        return m.b(h)
+
+    refused(Net(residual_in_place), ValueError, r"input of layer 'a' was overwritten.*x = x \+")
+
+
+def test_shared_positions_merged_into_the_data():
+    model = nn.Sequential(
+        To(lambda x: x.flatten(0, 1)), nn.Linear(4, 3), To(lambda z: z.unflatten(0, (5, 2)))
+    )
+    data = torch.randn(5, 2, 4), torch.randn(5, 2, 3)
+    refused(model, ValueError, r"\(10, 4\).*5 data.*\(N, S, D\)", data)
+
+
+def test_tied_weights():
+    model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
+    model[1].weight = model[0].weight
+    words = r'0\.weight, 1\.weight.*tied.*ignore=\["0.weight", "1.weight"\]'
+    refused(model, NotImplementedError, words, (torch.randn(5, 3), torch.randn(5, 3)))
+    reused = nn.Sequential(layer := nn.Linear(3, 3), nn.Tanh(), layer)
+    refused(reused, NotImplementedError, r"tied|2 times", (torch.randn(5, 3), torch.randn(5, 3)))
+
+
+@pytest.mark.parametrize(
+    "module", [nn.Dropout(0.5), nn.BatchNorm1d(3, affine=False).double(), nn.RReLU()]
+)
+def test_dropout_and_batch_norm_in_training_mode(module):
+    model = nn.Sequential(nn.Linear(4, 3), module)
+    refused(model, ValueError, r"Layer '1'.*model\.eval\(\)")
+    assert model.training
+    assert list(KFAC.compute(model.eval(), MSE, data_for(MSE, 5))) == ["0"]
+
+
+@pytest.mark.parametrize(
+    ("loss", "error", "words"),
+    [
+        (nn.CrossEntropyLoss(label_smoothing=0.1), NotImplementedError, "label_smoothing"),
+        (nn.CrossEntropyLoss(weight=torch.ones(3)), NotImplementedError, "weight"),
+        (nn.CrossEntropyLoss(ignore_index=1), NotImplementedError, "ignore_index"),
+        (nn.MSELoss(reduction="none"), ValueError, "mean.*sum"),
+        (nn.L1Loss(), NotImplementedError, "L1Loss.*Supported"),
+        (nn.functional.mse_loss, TypeError, "not a loss object"),
+    ],
+    ids=["smoothing", "weight", "ignore_index", "none", "L1", "function"],
+)
+def test_a_loss_or_option_that_is_not_supported(loss, error, words):
+    refused(mlp(4, 2, 3), error, words, data_for(CE, 5), loss)
+
+
+@pytest.mark.parametrize(
+    ("loss", "y", "error", "words"),
+    [
+        (MSE, torch.zeros(5, 1), ValueError, r"\(5, 3\).*\(5, 1\).*broadcast"),
+        (MSE, torch.zeros(5), ValueError, r"\(5, 3\).*\(5,\)"),
+        (MSE, torch.zeros(5, 3).long(), TypeError, r"int64.*floating"),
+        (MSE, torch.zeros(4, 3), ValueError, r"5 data.*4"),
+        (CE, torch.zeros(5).long() + 3, ValueError, r"3\.\.3.*3 classes.*0\.\.2"),
+        (CE, torch.zeros(5).long() - 1, ValueError, r"-1.*3 classes"),
+        (CE, torch.zeros(5).long() - 100, ValueError, r"-100.*3 classes"),
+        (CE, torch.zeros(5), TypeError, r"float32.*long"),
+        (CE, torch.zeros(5).bool(), TypeError, r"bool.*long"),
+        (CE, torch.zeros(5, 1).long(), ValueError, r"\(5,\).*\(5, 1\).*axis 1"),
+        (CE, torch.ones(5, 3) / 3, NotImplementedError, r"probabilities.*indices"),
+    ],
+    ids=range(11),
+)
+def test_targets_that_do_not_fit(loss, y, error, words):
+    refused(mlp(4, 2, 3), error, words, (torch.randn(5, 4), y), loss)
+
+
+@pytest.mark.parametrize(
+    ("data", "error", "words"),
+    [
+        ([], ValueError, r"no batch.*pair \(X, y\)"),
+        (iter([]), ValueError, r"no batch"),
+        ((X[:0], Y[:0]), ValueError, r"Batch 1 is empty"),
+        ([(X, Y), (X[:0], Y[:0])], ValueError, r"Batch 2 is empty"),
+        (X, TypeError, r"Tensor.*pair \(X, y\)"),
+        (None, TypeError, r"NoneType.*pair"),
+        ({"X": 1}, TypeError, r"dict.*pair"),
+        ([X], TypeError, r"Batch 1 is a Tensor.*pair"),
+        ([(X, 3)], TypeError, r"Batch 1 is a tuple.*pair"),
+    ],
+    ids=range(9),
+)  # fmt: skip
+def test_data_that_are_empty_or_no_pairs(data, error, words):
+    model = mlp(4, 2, 3)
+    for compute in (KFAC.compute, lambda *args: exact_blocks(*args, order="cvec")):
+        with left_alone(model), pytest.raises(error, match=words):
+            compute(model, MSE, data)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_nan_and_inf_are_named_with_their_place(bad):
+    model, (X, y) = mlp(4, 2, 3), data_for(MSE, 5)
+    bad_X, bad_y = X.clone(), y.clone()
+    bad_X[2, 1] = bad_y[0, 0] = bad
+    refused(model, ValueError, r"inputs X of batch 2.*NaN or inf", [(X, y), (bad_X, y)])
+    refused(model, ValueError, r"targets y of batch 1.*NaN or inf", (X, bad_y))
+    with torch.no_grad():
+        model[2].weight[0, 0] = bad
+    refused(model, ValueError, r"prediction.*NaN or inf.*parameters", (X, y))
+
+
+def test_factors_that_overflow():
+    model, (X, y) = mlp(4, 3).float(), data_for(MSE, 5)
+    refused(model, ValueError, r"overflow in torch\.float32", ((1e25 * X).float(), y.float()))
+
+
+def test_a_generator_on_another_device():
+    elsewhere = SimpleNamespace(device=torch.device("cuda:0"))
+    words = r"cuda:0.*cpu.*torch\.Generator\(device='cpu'\)"
+    refused(mlp(4, 3), ValueError, words, fisher=MonteCarlo(generator=elsewhere))
+
+
+def test_different_numbers_of_positions():
+    model = mlp(4, 3)
+    data = [(torch.randn(2, S, 4), torch.randn(2, S, 3)) for S in (2, 3)]
+    with left_alone(model), pytest.raises(ValueError, match=r"2 positions.*3.*pad"):
+        KFAC.compute(model, MSE, data)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"layers": "9"}, r"layers: '9' matches no.*0\.weight"),
+        ({"ignore": ["conv*"]}, r"ignore: 'conv\*' matches no.*0\.weight"),
+        ({"layers": ["0", "2"], "ignore": "2.*"}, r"both layers and ignore: 2\.bias, 2\.weight"),
+        ({"ignore": "*"}, r"No trainable parameter is left"),
+        ({"layers": ["0.bias"]}, r"0\.bias.*weight is frozen or left out.*ignore"),
+        ({"ignore": ["2.weight"]}, r'2\.bias.*ignore=\["2.bias"\]'),
+        ({"chunk_size": 0}, r"chunk_size=0.*positive integer"),
+        ({"chunk_size": 1.5}, r"chunk_size=1.5.*positive integer"),
+    ],
+    ids=str,
+)
+def test_patterns_and_options_that_do_not_fit(options, words):
+    refused(mlp(4, 2, 3), ValueError, words, **options)
+
+
+def test_an_unknown_bias_option():
+    model = mlp(4, 3)
+    with left_alone(model), pytest.raises(ValueError, match=r"'no'.*joint.*separate"):
+        KFAC.compute(model, MSE, data_for(MSE, 5), bias="no")
+
+
+def test_a_frozen_net_and_a_model_that_is_no_module():
+    refused(mlp(4, 2, 3).requires_grad_(False), ValueError, r"No trainable.*frozen: 0\.weight")
+    refused(lambda x: x, TypeError, r"function.*torch\.nn\.Module")
+
+
+def test_a_frozen_layer_is_left_out_and_named():
+    model = mlp(4, 2, 3)
+    model[0].requires_grad_(False)
+    with left_alone(model):
+        kfac = KFAC.compute(model, MSE, data_for(MSE, 5))
+    assert list(kfac) == ["2"]
+    assert "frozen: 0.weight, 0.bias" in repr(kfac)
+
+
+def test_an_error_inside_the_models_own_forward_leaves_no_hook():
+    def fails(m, x):
+        m.a(x)
+        raise KeyError("from the model")
+
+    refused(Net(fails), KeyError, "from the model")

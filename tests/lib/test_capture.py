@@ -1,0 +1,145 @@
+import pytest
+import torch
+from torch import nn
+from truth import To, data_for, left_alone, mlp, relative_error, truth
+
+from kfac_lib import KFAC, TypeII
+from kfac_lib.capture import capture, check_calls, require_graph
+
+pytestmark = pytest.mark.usefixtures("float64")
+MSE = nn.MSELoss()
+
+
+def same(first, second):
+    for one, other in zip(first.values(), second.values(), strict=True):
+        assert relative_error(one.A, other.A) < 1e-12
+        assert relative_error(one.B, other.B) < 1e-12
+    return True
+
+
+def test_calls_are_recorded_and_hooks_removed():
+    net, X = mlp(4, 2, 3), torch.randn(5, 4)
+    with left_alone(net), capture({"0": net[0], "2": net[2]}) as calls:
+        f = net(X)
+        net[0](X)
+    assert {name: len(of_layer) for name, of_layer in calls.items()} == {"0": 2, "2": 1}
+    assert torch.equal(calls["0"][0].x, X)
+    (g,) = torch.autograd.grad(f, [calls["2"][0].edge], torch.ones(5, 3))
+    assert torch.equal(g, torch.ones(5, 3))
+
+
+def test_hooks_are_removed_after_an_exception_inside():
+    net = mlp(4, 2, 3)
+    with left_alone(net), pytest.raises(KeyError), capture({"0": net[0]}):
+        raise KeyError
+
+
+def test_an_input_by_keyword_is_seen():
+    class ByKeyword(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fc = nn.Linear(4, 3)
+
+        def forward(self, x):
+            return self.fc(input=x)
+
+    net, data = ByKeyword(), data_for(MSE, 5)
+    found = KFAC.compute(net, MSE, data)
+    block = truth(net, MSE, data, "type-II", "cvec")["fc"]
+    assert relative_error(found["fc"].to_dense("cvec"), block) < 1e-10
+
+
+@pytest.mark.parametrize("activation", [nn.ReLU, nn.Hardtanh, nn.ELU, nn.LeakyReLU])
+def test_an_activation_in_place_gives_the_factors_of_the_one_that_copies(activation):
+    layers, data = [nn.Linear(4, 6), nn.Linear(6, 3)], data_for(MSE, 5)
+    nets = [nn.Sequential(layers[0], activation(inplace=i), layers[1]) for i in (False, True)]
+    for name in same(*(KFAC.compute(net, MSE, data) for net in nets)) and "0":
+        one = (data[0][:1], data[1][:1])
+        block = truth(nets[0], MSE, one, "type-II", "cvec")[name]
+        found = KFAC.compute(nets[1], MSE, one)[name].to_dense("cvec")
+        assert relative_error(found, block) < 1e-10
+
+
+def test_hooks_of_the_caller_may_replace_the_output_and_stay():
+    inner, data = mlp(4, 2, 3), data_for(MSE, 5)
+    scaled = nn.Sequential(inner[0], To(lambda z: 3 * z), inner[1], inner[2])
+    expected = list(KFAC.compute(scaled, MSE, data).values())
+    inner[0].register_forward_hook(lambda layer, args, z: 3 * z)
+    inner[0].register_forward_pre_hook(lambda layer, args: None)
+    inner[2].register_full_backward_hook(lambda layer, grad_in, grad_out: None)
+    with left_alone(inner):
+        found = KFAC.compute(inner, MSE, data)
+    same(dict(enumerate(found.values())), dict(enumerate(expected)))
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_a_run_without_error_leaves_the_model_alone(training):
+    net, data = (
+        nn.Sequential(mlp(4, 2, 3), nn.LayerNorm(3, elementwise_affine=False)),
+        data_for(MSE, 5),
+    )
+    net.train(training)
+    net[0][0].bias.requires_grad_(False)
+    net(data[0]).sum().backward()
+    with left_alone(net):
+        KFAC.compute(net, MSE, data)
+    with left_alone(net), torch.no_grad():
+        KFAC.compute(net, MSE, data)
+
+
+def test_compute_works_under_no_grad():
+    net, data = mlp(4, 2, 3), data_for(MSE, 5)
+    expected = KFAC.compute(net, MSE, data)
+    with torch.no_grad():
+        found = KFAC.compute(net, MSE, data)
+    same(found, expected)
+
+
+def test_other_modules_between_layers_are_simply_part_of_the_graph():
+    class Residual(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(4, 4), nn.Linear(4, 3)
+
+        def forward(self, x):
+            return self.b(x + self.a(x).tanh()) * 2
+
+    net, data = Residual(), data_for(MSE, 1)
+    found = KFAC.compute(net, MSE, data)
+    for name, block in truth(net, MSE, data, "type-II", "rvec").items():
+        assert relative_error(found[name].to_dense("rvec"), block) < 1e-10
+
+
+def test_a_linear_subclass_with_the_same_map_works_and_another_map_is_refused():
+    class Named(nn.Linear):
+        pass
+
+    class SameMap(nn.Linear):
+        def forward(self, x):
+            return x @ self.weight.T + self.bias
+
+    class OtherMap(nn.Linear):
+        def forward(self, x):
+            return 2 * super().forward(x)
+
+    data = data_for(MSE, 5)
+    for kind in (Named, SameMap):
+        net = nn.Sequential(kind(4, 3))
+        block = truth(net, MSE, data, "type-II", "cvec")["0"]
+        found = KFAC.compute(net, MSE, data, TypeII())["0"].to_dense("cvec")
+        assert relative_error(found, block) < 1e-10
+    net = nn.Sequential(OtherMap(4, 3), nn.Linear(3, 3))
+    with left_alone(net), pytest.raises(NotImplementedError, match=r"'0' \(OtherMap\).*ignore"):
+        KFAC.compute(net, MSE, data)
+    assert list(KFAC.compute(net, MSE, data, ignore="0")) == ["1"]
+
+
+def test_the_parts_refuse_by_themselves():
+    net = mlp(4, 2, 3)
+    with capture({"0": net[0]}) as calls:
+        f = net(torch.randn(5, 4))
+    check_calls(calls, f)
+    with pytest.raises(ValueError, match=r"\(4, 5, 4\)|data"):
+        check_calls(calls, f.unsqueeze(0))
+    with pytest.raises(TypeError, match="tuple"):
+        require_graph((f, f))
