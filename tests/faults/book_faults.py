@@ -1,0 +1,183 @@
+"""Faults in the stored notebooks and in the built site."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+from tests.faults.fault import Fault, Put, StaleFaultError, replace
+
+FIRST, KFAC = "01_flattening", "08_kfac"
+STATE = re.compile(
+    r'(<script type="application/vnd.jupyter.widget-state\+json">)(.*?)(</script>)', re.S
+)
+GUARD = ("tests/book", "-k", FIRST)
+
+
+def notebook(name: str, change: Callable[[list[dict]], bool]) -> Put:
+    """Change the code cells of a stored notebook; the function says whether it found a place."""
+
+    def put(root: Path) -> None:
+        path = root / "book" / f"{name}.ipynb"
+        content = json.loads(path.read_text())
+        cells = [c for c in content["cells"] if c["cell_type"] == "code" and "".join(c["source"])]
+        before = json.dumps(cells)
+        if not change(cells) or json.dumps(cells) == before:
+            raise StaleFaultError(f"{name}.ipynb has no cell for this fault")
+        path.write_text(json.dumps(content))
+
+    return put
+
+
+def stale_output(cells: list[dict]) -> bool:
+    for cell in cells:
+        for output in cell["outputs"]:
+            if output["output_type"] == "stream" and "".join(output["text"]).strip():
+                output["text"] = ["what an earlier version printed\n"]
+                return True
+    return False
+
+
+def unexecuted(cells: list[dict]) -> bool:
+    cells[-1].update(execution_count=None, outputs=[])
+    return True
+
+
+def out_of_order(cells: list[dict]) -> bool:
+    counts = [cell["execution_count"] for cell in cells]
+    for cell, count in zip(cells, reversed(counts), strict=True):
+        cell["execution_count"] = count
+    return len(cells) > 1
+
+
+def stderr(cells: list[dict]) -> bool:
+    cells[0]["outputs"].append({"output_type": "stream", "name": "stderr", "text": ["a warning\n"]})
+    return True
+
+
+def may_fail(cells: list[dict]) -> bool:
+    cells[0]["metadata"]["tags"] = ["raises-exception"]
+    return True
+
+
+def figure_without_alt(cells: list[dict]) -> bool:
+    cells[0]["outputs"].append(
+        {
+            "output_type": "display_data",
+            "metadata": {},
+            "data": {"image/png": "", "text/plain": "x"},
+        }
+    )
+    cells[0]["metadata"].pop("mystnb", None)
+    return True
+
+
+def page(name: str, change: Callable[[str], str]) -> Put:
+    """Change a page of the built site."""
+
+    def put(root: Path) -> None:
+        path = root / "_build" / "html" / f"{name}.html"
+        text = path.read_text()
+        changed = change(text)
+        if changed == text:
+            raise StaleFaultError(f"{name}.html has no place for this fault")
+        path.write_text(changed)
+
+    return put
+
+
+def in_article(html: str) -> Callable[[str], str]:
+    """Put a piece of html at the end of the article, still inside its last section."""
+    return lambda text: re.sub(r"</section>(?!.*</section>)", html + "</section>", text, flags=re.S)
+
+
+def widgets(change: Callable[[list[dict]], None]) -> Callable[[str], str]:
+    """Change the widget models that a page stores."""
+
+    def changed(text: str) -> str:
+        def rewrite(match: re.Match[str]) -> str:
+            content = json.loads(match[2])
+            change(list(content["state"].values()))
+            return match[1] + json.dumps(content).replace("</", "<\\/") + match[3]
+
+        return STATE.sub(rewrite, text, count=1)
+
+    return changed
+
+
+def cut_links(models: list[dict]) -> None:
+    for model in models:
+        if model["model_name"] in ("LinkModel", "DirectionalLinkModel"):
+            model["state"]["target"] = model["state"]["source"]
+
+
+def repeat_a_frame(models: list[dict]) -> None:
+    frames = [m["state"] for m in models if str(m["state"].get("value")).startswith("<img")]
+    source = re.compile(r'src="[^"]*"')
+    image = source.search(frames[0]["value"])
+    frames[1]["value"] = source.sub(lambda _: image[0], frames[1]["value"])
+
+
+def nameless_frame(models: list[dict]) -> None:
+    frame = next(m["state"] for m in models if str(m["state"].get("value")).startswith("<img"))
+    frame["value"] = re.sub(r'alt="[^"]*"', 'alt="A picture"', frame["value"])
+
+
+def _site(name: str, change: Callable[[str], str], test: str, selection: str) -> Fault:
+    return Fault(
+        name,
+        page(FIRST, change),
+        (f"tests/site/test_{test}.py", "-k", f"({selection}) and {FIRST}"),
+        True,
+    )
+
+
+NOTEBOOK_FAULTS = [
+    Fault("a stale output", notebook(FIRST, stale_output),
+          ("--nbval", "--nbval-cell-timeout", "120", f"book/{FIRST}.ipynb")),
+    Fault("an unexecuted cell", notebook(FIRST, unexecuted), GUARD),
+    Fault("cells executed out of order", notebook(FIRST, out_of_order), GUARD),
+    Fault("a cell with stderr", notebook(FIRST, stderr), GUARD),
+    Fault("a cell that may fail", notebook(FIRST, may_fail), GUARD),
+    Fault("a figure of a notebook without alt", notebook(FIRST, figure_without_alt), GUARD),
+    Fault("chapter 1 on a library whose cvec is rvec",
+          replace("kfac_lib/flattening.py", "return tensor.permute(axes).flatten(first, last)",
+                  "return tensor.flatten(first, last)"),
+          ("--nbval", "--nbval-cell-timeout", "120", f"book/{FIRST}.ipynb")),
+    Fault("chapter 8 on a library without 1/N",
+          replace("kfac_lib/accumulate.py", "1 / (count.N * sharing.divisor(S))",
+                  "1 / sharing.divisor(S)"),
+          ("--nbval", "--nbval-cell-timeout", "120", f"book/{KFAC}.ipynb")),
+]  # fmt: skip
+
+SITE_FAULTS = [
+    _site("an external picture", in_article('<img alt="far away" src="https://example.org/far.png">'),
+          "pages", "another_host"),
+    _site("a link that leads nowhere", in_article('<p><a href="nowhere.html">there</a></p>'),
+          "links", "internal_link"),
+    _site("an anchor that is not there",
+          in_article(f'<p><a href="{KFAC}.html#nowhere">there</a></p>'),
+          "links", "internal_link"),
+    _site("a formula that is not typeset", in_article("<p>so that $x_n$ holds</p>"),
+          "pages", "typeset"),
+    _site("a formula with an error",
+          in_article(r'<div class="math notranslate">\[\frac{1}\]</div>'),
+          "pages", "typeset"),
+    _site("an image without alt", in_article('<img src="_static/favicon.svg">'),
+          "pages", "violation"),
+    _site("text too pale to read", in_article('<p style="color: #ddd; background: #eee">pale</p>'),
+          "pages", "violation"),
+    _site("an error in the console", in_article("<script>undefinedFunction()</script>"),
+          "pages", "console"),
+    _site("wider than a phone", in_article('<p style="width: 700px">wide</p>'), "pages", "phone"),
+    _site("a dead control", widgets(cut_links), "controls", "every_position and http"),
+    _site("two positions with one picture", widgets(repeat_a_frame), "controls",
+          "every_position and http"),
+    _site("a frame whose alt text names no position", widgets(nameless_frame), "controls",
+          "every_position and http"),
+    Fault("a search without an index",
+          lambda root: (root / "_build/html/searchindex.js").write_text("Search.setIndex({})"),
+          ("tests/site/test_links.py", "-k", "search_finds and http"), True),
+]  # fmt: skip
