@@ -6,8 +6,8 @@ between blocks. First used in the section :ref:`kfac-promise`. Needs the ``book`
 (matplotlib).
 """
 
-from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -25,7 +25,22 @@ DIVERGING = "RdBu_r"
 """Colour map of matrices, centred at zero."""
 
 
-def style() -> AbstractContextManager[None]:
+LOOK = {
+    "figure.dpi": 110,
+    "figure.facecolor": "white",
+    "font.size": 12,
+    "axes.titlesize": 13,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.edgecolor": "#777777",
+    "lines.linewidth": 2.0,
+    "legend.frameon": False,
+}
+"""Matplotlib settings of the book's figures."""
+
+
+@contextmanager
+def style() -> Iterator[None]:
     """The fonts, sizes and lines of the book, for a ``with`` block (:ref:`kfac-promise`).
 
     Example:
@@ -34,20 +49,14 @@ def style() -> AbstractContextManager[None]:
     """
     import matplotlib as mpl
 
-    context: AbstractContextManager[None] = mpl.rc_context(
-        {
-            "figure.dpi": 110,
-            "figure.facecolor": "white",
-            "font.size": 12,
-            "axes.titlesize": 13,
-            "axes.spines.top": False,
-            "axes.spines.right": False,
-            "axes.edgecolor": "#777777",
-            "lines.linewidth": 2.0,
-            "legend.frameon": False,
-        }
-    )
-    return context
+    # Not mpl.rc_context: it would also undo what a notebook sets when its first figure is made.
+    settings: Any = mpl.rcParams
+    saved = {key: settings[key] for key in LOOK}
+    settings.update(LOOK)
+    try:
+        yield
+    finally:
+        settings.update(saved)
 
 
 def draw_matrix(
