@@ -21,17 +21,17 @@ install: .venv/.installed ## make .venv with the locked packages and kfac_lib
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv || \
 	  { echo "Cannot make .venv: the venv module of Python is missing. On Debian and Ubuntu: apt install python3-venv"; exit 1; }
 	@echo "Installing the locked packages into .venv ..."
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.lock $(if $(TORCH_INDEX_URL),--extra-index-url $(TORCH_INDEX_URL)) >.venv/install.log 2>&1 || \
-	  { tail -n 5 .venv/install.log; echo "Installing failed: is the package registry reachable? Check the network and pip's index settings, then run make again (log: .venv/install.log)"; exit 1; }
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --retries 2 -r requirements.lock $(if $(TORCH_INDEX_URL),--extra-index-url $(TORCH_INDEX_URL)) >.venv/install.log 2>&1 || \
+	  { echo "Installing failed: is the package registry reachable? Check the network and pip's index settings, then run make again (log: .venv/install.log)"; exit 1; }
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e . >>.venv/install.log 2>&1 || \
-	  { tail -n 5 .venv/install.log; echo "Installing kfac_lib itself failed (log: .venv/install.log)"; exit 1; }
+	  { echo "Installing kfac_lib itself failed (log: .venv/install.log)"; exit 1; }
 	@touch $@
 
 book: install ## build the site: _build/html/index.html
 	@$(BIN)/python scripts/build_book.py
 
 test: book ## library, notebooks and site in a real browser
-	@$(BIN)/python -m pytest -n 2 --dist loadgroup --nbval --nbval-cell-timeout 120 --doctest-modules tests kfac_lib $(NOTEBOOKS)
+	@$(BIN)/python -m pytest -n 2 --dist loadscope --nbval --nbval-cell-timeout 120 --doctest-modules tests kfac_lib $(NOTEBOOKS)
 
 lab: install ## JupyterLab on the chapters
 	@cd book && ../$(BIN)/jupyter lab
@@ -62,7 +62,7 @@ faults: book ## put faults in on purpose; each must turn the tests red
 	@$(BIN)/python -m tests.faults
 
 linkcheck: install ## are the links to other sites alive (needs the network)
-	@$(BIN)/jupyter-book build book --config _config.yml --toc $(CURDIR)/_toc.yml --path-output . --builder linkcheck
+	@$(BIN)/jupyter-book build book --config _config.yml --toc $(CURDIR)/_toc.yml --path-output _build/linkcheck --builder linkcheck
 
 lock: ## requirements.lock anew from requirements.txt (needs the registry)
 	@$(PYTHON) scripts/make_lock.py

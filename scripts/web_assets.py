@@ -21,6 +21,7 @@ ROOT = Path(__file__).resolve().parent.parent
 LOCK = Path(__file__).with_name("web_assets.json")
 FOLDER = ROOT / ".web_assets"
 STAMP = FOLDER / "fetched.json"
+PATIENCE = ["--fetch-retries=1", "--fetch-retry-mintimeout=1000", "--fetch-timeout=60000"]
 
 
 def integrity(archive: Path) -> str:
@@ -48,7 +49,7 @@ def fetch() -> None:
         packages = json.loads(LOCK.read_text())
         names = [f"{package['name']}@{package['version']}" for package in packages]
         done = npm(
-            ["pack", "--silent", "--fetch-retries=1", "--fetch-timeout=60000", *names],
+            ["pack", "--silent", *PATIENCE, *names],
             return_completed_process=True,
             cwd=scratch,
             stdout=subprocess.DEVNULL,
