@@ -15,7 +15,7 @@ from kfac_lib.flattening import Order, check_order, cvec, rvec
 
 
 class Damping(Protocol):
-    """A way to invert a Kronecker product plus a multiple of the identity."""
+    """A way to invert a Kronecker product plus a multiple of the identity (:ref:`kfac-inverse`)."""
 
     def inverse(self, kronecker: "Kronecker") -> Union["Kronecker", "EigenKronecker"]:
         """Return the damped inverse."""

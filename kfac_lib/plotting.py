@@ -29,7 +29,7 @@ LOOK = {
     "figure.dpi": 110,
     "figure.facecolor": "white",
     "font.size": 12,
-    "axes.titlesize": 13,
+    "axes.titlesize": 14,
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.edgecolor": "#777777",
@@ -138,9 +138,9 @@ def compare_matrices(
     if scale is None:
         scale = max(float(matrix.abs().max()) for matrix in matrices.values())
     with style():
-        width = 2.7 * len(matrices) + 0.6
+        width = 2.3 * len(matrices) + 0.8
         figure, axes = plt.subplots(
-            1, len(matrices), figsize=(width, 3.1), layout="constrained", squeeze=False
+            1, len(matrices), figsize=(width, 2.8), layout="constrained", squeeze=False
         )
         for ax, (title, matrix) in zip(axes[0], matrices.items(), strict=True):
             image = draw_matrix(ax, matrix, scale=scale, blocks=blocks, title=title)
