@@ -19,7 +19,7 @@ SITE = ROOT / "_build" / "html"
 STAMP = ROOT / "_build" / "book.stamp"
 INPUTS = [
     "_config.yml", "_toc.yml", "requirements.lock", "pyproject.toml", "book", "kfac_lib",
-    "extensions", "scripts", "benchmarks",
+    "extensions", "scripts",
 ]  # fmt: skip
 PASSING = {"__pycache__", ".ipynb_checkpoints", ".jupyter_cache"}
 
