@@ -28,8 +28,8 @@ DIVERGING = "RdBu_r"
 LOOK = {
     "figure.dpi": 110,
     "figure.facecolor": "white",
-    "font.size": 12,
-    "axes.titlesize": 14,
+    "font.size": 13.5,
+    "axes.titlesize": 16,
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.edgecolor": "#777777",
