@@ -58,8 +58,8 @@ class KFAC(Mapping[str, Kronecker]):
         model: nn.Module,
         loss_func: nn.Module | Criterion,
         data: Data,
-        fisher: Fisher | None = None,
-        sharing: Sharing | None = None,
+        fisher: Fisher = TypeII(),
+        sharing: Sharing = Expand(),
         chunk_size: int | None = None,
         layers: Sequence[str] | str | None = None,
         ignore: Sequence[str] | str = (),
@@ -77,8 +77,9 @@ class KFAC(Mapping[str, Kronecker]):
             loss_func: :class:`torch.nn.MSELoss`, :class:`torch.nn.CrossEntropyLoss`, or a
                 criterion.
             data: One pair (X, y), or an iterable of them; axis 0 is the datum.
-            fisher: Flavour; :class:`~kfac_lib.TypeII` when not given.
-            sharing: :class:`~kfac_lib.Expand` (when not given) or :class:`~kfac_lib.Reduce`.
+            fisher: Flavour: :class:`~kfac_lib.TypeII`, :class:`~kfac_lib.MonteCarlo` or
+                :class:`~kfac_lib.Empirical`.
+            sharing: :class:`~kfac_lib.Expand` or :class:`~kfac_lib.Reduce`.
             chunk_size: How many vectors are backpropagated at once; all when not given. Smaller
                 needs less memory.
             layers: Names or patterns of the layers or parameters to take; all when not given.
@@ -97,8 +98,6 @@ class KFAC(Mapping[str, Kronecker]):
         """
         if bias not in ("joint", "separate"):
             raise ValueError(f"bias={bias!r}: use 'joint' or 'separate'.")
-        fisher = TypeII() if fisher is None else fisher
-        sharing = Expand() if sharing is None else sharing
         criterion = criterion_of(loss_func)
         coverage = cover(model, layers, ignore)
         sums = _accumulate(
@@ -186,7 +185,7 @@ def exact_blocks(
     model: nn.Module,
     loss_func: nn.Module | Criterion,
     data: Data,
-    fisher: Fisher | None = None,
+    fisher: Fisher = TypeII(),
     *,
     order: Order,
     layers: Sequence[str] | str | None = None,
@@ -202,7 +201,8 @@ def exact_blocks(
         model: Network of supported layers.
         loss_func: A supported loss, or a criterion.
         data: One pair (X, y), or an iterable of them.
-        fisher: Flavour; :class:`~kfac_lib.TypeII` when not given.
+        fisher: Flavour: :class:`~kfac_lib.TypeII`, :class:`~kfac_lib.MonteCarlo` or
+            :class:`~kfac_lib.Empirical`.
         order: Flattening of [W b].
         layers: Names or patterns of the layers or parameters to take; all when not given.
         ignore: Names or patterns to leave out.
@@ -228,7 +228,7 @@ def exact_blocks(
         model,
         criterion,
         data,
-        TypeII() if fisher is None else fisher,
+        fisher,
         cover(model, layers, ignore),
         chunk_size,
     )
@@ -252,7 +252,8 @@ def _accumulate(
 
 def _finite(name: str, *results: Tensor) -> tuple[Tensor, ...]:
     # In a positive semi-definite matrix no entry exceeds the largest on the diagonal.
-    if not all(is_finite(result.diagonal()) for result in results):
+    traces = torch.stack([result.trace() for result in results])
+    if not is_finite(traces) and not all(is_finite(result) for result in results):
         raise ValueError(
             f"The factors of layer {name!r} hold NaN or inf: its inputs or gradients overflow in "
             f"{results[0].dtype}. Look at the scale of the data and of the parameters."
