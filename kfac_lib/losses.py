@@ -198,11 +198,15 @@ class CrossEntropy(Criterion):
         return torch.einsum("jnkt,ts->jsnkt", root, at).reshape(-1, *f.shape)
 
     def sample(self, f: Tensor, samples: int, generator: torch.Generator | None) -> Tensor:  # noqa: D102
+        # Inverse transform sampling, several times faster than torch.multinomial: the first class
+        # whose cumulated probability exceeds a uniform number.
         p = f.detach().movedim(1, -1).softmax(-1)
-        labels = torch.multinomial(
-            p.reshape(-1, p.shape[-1]), samples, replacement=True, generator=generator
+        cumulated = p.cumsum(-1)
+        u = torch.rand(
+            (*p.shape[:-1], samples), dtype=f.dtype, device=f.device, generator=generator
         )
-        return labels.T.reshape(samples, *p.shape[:-1])
+        labels = torch.searchsorted(cumulated, u * cumulated[..., -1:], right=True)
+        return labels.clamp_(max=p.shape[-1] - 1).movedim(-1, 0)
 
     def log_likelihood_gradient(self, f: Tensor, labels: Tensor) -> Tensor:  # noqa: D102
         gradient = (-f.softmax(1)).expand(len(labels), *f.shape).clone()

@@ -29,6 +29,35 @@ class Count(NamedTuple):
         return Count(self.N + other.N, self.denominator + other.denominator)
 
 
+def gram(rows: Tensor) -> Tensor:
+    """The Gram matrix rowsᵀ rows, the product that KFAC spends most of its time on.
+
+    See :ref:`kfac-factors`. Of a wide matrix the block below the diagonal is not computed but
+    copied, and so on within the two blocks on it, so that a quarter of the work or more is saved.
+
+    Args:
+        rows: Tensor of shape (rows, D).
+
+    Returns:
+        Tensor of shape (D, D).
+
+    Example:
+        >>> gram(torch.tensor([[1.0, 2.0]])).tolist()
+        [[1.0, 2.0], [2.0, 4.0]]
+    """
+    D = rows.shape[1]
+    if D <= 128:  # below, one product is faster than three
+        return rows.T @ rows
+    half = D // 2
+    left, right = rows[:, :half], rows[:, half:]
+    result = rows.new_empty(D, D)
+    result[:half, :half] = gram(left)
+    result[half:, half:] = gram(right)
+    result[:half, half:] = left.T @ right
+    result[half:, :half] = result[:half, half:].T
+    return result
+
+
 @dataclass(frozen=True)
 class LayerRows:
     """One layer's rows for a batch and a chunk of vectors (:ref:`kfac-rows`).
@@ -68,18 +97,17 @@ class LayerRows:
         """Return Σ_{n,s} x̃ x̃ᵀ, shape (D_in [+1], D_in [+1])."""
         x = self.x.flatten(0, 1)
         if self.bias is None:
-            return x.T @ x
+            return gram(x)
         D = x.shape[1]
-        gram = x.new_empty(D + 1, D + 1)
-        gram[:D, :D] = x.T @ x
-        gram[D, :D] = gram[:D, D] = self.bias * x.sum(0)
-        gram[D, D] = self.bias**2 * len(x)
-        return gram
+        joint = x.new_empty(D + 1, D + 1)
+        joint[:D, :D] = gram(x)
+        joint[D, :D] = joint[:D, D] = self.bias * x.sum(0)
+        joint[D, D] = self.bias**2 * len(x)
+        return joint
 
     def output_gram(self) -> Tensor:
         """Return Σ_{v,n,s} g gᵀ, shape (D_out, D_out)."""
-        g = self.g.flatten(0, 2)
-        return g.T @ g
+        return gram(self.g.flatten(0, 2))
 
     def outer(self) -> Tensor:
         """Return P_{n,v} = Σ_s g x̃ᵀ, shape (V, N, D_out, D_in [+1])."""

@@ -42,6 +42,9 @@ LIBRARY_FAULTS = [
            "self.bias * len(x)", "accumulate"),
     _fault("reduce appends 1 instead of S", "rows", "self.bias * self.S", "self.bias",
            "kfac_is_exact"),
+    _fault("the lower block of a wide Gram matrix not transposed", "rows",
+           "result[half:, :half] = result[:half, half:].T",
+           "result[half:, :half] = result[:half, half:]", "rows"),
     # losses
     _fault("factor 2 of MSE forgotten", "losses", "else 2.0 / denominator",
            "else 1.0 / denominator", "losses"),
