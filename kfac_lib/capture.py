@@ -64,7 +64,7 @@ def capture(layers: Mapping[str, nn.Module]) -> Iterator[dict[str, list[Call]]]:
     """
     calls: dict[str, list[Call]] = {name: [] for name in layers}
 
-    def record(name: str, layer: nn.Module, args: Any, kwargs: Any, z: Any) -> None:
+    def record(name: str, layer: nn.Module, args: Any, kwargs: Any, z: Any) -> Tensor | None:
         x = args[0] if args else kwargs.get("input")
         if not isinstance(x, Tensor) or not isinstance(z, Tensor):
             raise NotImplementedError(
@@ -78,12 +78,17 @@ def capture(layers: Mapping[str, nn.Module]) -> Iterator[dict[str, list[Call]]]:
             )
         check_linear(name, layer, x, z)
         calls[name].append(Call(name, layer, x.detach(), x._version, get_gradient_edge(z)))
+        # A change in place of a view (a Linear with bias on shared axes returns one) takes the
+        # noted place out of the graph; of a copy it does not.
+        return z.clone() if z._is_view() else None
 
     with ExitStack() as stack:
         for name, layer in layers.items():
 
-            def hook(layer: nn.Module, args: Any, kwargs: Any, z: Any, *, name: str = name) -> None:
-                record(name, layer, args, kwargs, z)
+            def hook(
+                layer: nn.Module, args: Any, kwargs: Any, z: Any, *, name: str = name
+            ) -> Tensor | None:
+                return record(name, layer, args, kwargs, z)
 
             # Before the caller's own hooks, which may replace the output.
             handle = layer.register_forward_hook(hook, prepend=True, with_kwargs=True)

@@ -75,6 +75,8 @@ LIBRARY_FAULTS = [
     # capture
     _fault("the output tensor instead of its edge", "capture", "get_gradient_edge(z)))", "z))",
            "capture"),
+    _fault("a view is handed on as it is", "capture",
+           "return z.clone() if z._is_view() else None", "return None", "capture"),
     _fault("hooks left after an error", "capture", "stack.callback(handle.remove)",
            "stack.push(lambda kind, *_, hook=handle: None if kind else hook.remove())",
            "bad_input"),

@@ -3,8 +3,9 @@ import torch
 from torch import nn
 from truth import To, data_for, left_alone, mlp, relative_error, truth
 
-from kfac_lib import KFAC, TypeII
+from kfac_lib import KFAC, TypeII, exact_blocks
 from kfac_lib.capture import capture, check_calls, require_graph
+from kfac_lib.curvature import ggn_blocks
 
 pytestmark = pytest.mark.usefixtures("float64")
 MSE = nn.MSELoss()
@@ -58,6 +59,44 @@ def test_an_activation_in_place_gives_the_factors_of_the_one_that_copies(activat
         block = truth(nets[0], MSE, one, "type-II", "cvec")[name]
         found = KFAC.compute(nets[1], MSE, one)[name].to_dense("cvec")
         assert relative_error(found, block) < 1e-10
+
+
+def scale_a_part(z):
+    z[..., :2] *= 0.5
+    return z
+
+
+def overwrite_after_use(z):
+    y = z + 1
+    z.relu_()
+    return y * z
+
+
+def centre(z):
+    z -= z.mean(-1, keepdim=True)
+    return z
+
+
+IN_PLACE = {
+    "relu": lambda z: z.relu_(),
+    "add": lambda z: z.add_(1),
+    "part": scale_a_part,
+    "after use": overwrite_after_use,
+    "centre": centre,
+}
+
+
+@pytest.mark.parametrize("change", IN_PLACE)
+@pytest.mark.parametrize("shared", [(), (3,), (3, 2)])
+@pytest.mark.parametrize("bias", [True, False])
+def test_changes_in_place_after_a_layer_leave_its_block_exact(change, shared, bias):
+    # With a bias and shared axes torch returns a view, which takes a change in place differently.
+    net = nn.Sequential(nn.Linear(4, 6, bias=bias), To(IN_PLACE[change]), nn.Linear(6, 3))
+    data = torch.randn(5, *shared, 4), torch.randn(5, *shared, 3)
+    exact = ggn_blocks(net, MSE, data, order="cvec")
+    found = exact_blocks(net, MSE, data, order="cvec")
+    for name, block in exact.items():
+        assert relative_error(found[name], block) < 1e-10
 
 
 def test_hooks_of_the_caller_may_replace_the_output_and_stay():
