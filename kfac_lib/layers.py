@@ -9,6 +9,7 @@ from functools import singledispatch
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import _global_forward_hooks
 
 
 @singledispatch
@@ -91,32 +92,48 @@ def supported() -> str:
 
 
 def check_linear(name: str, layer: nn.Module, x: Tensor, z: Tensor) -> None:
-    """Refuse a subclass whose ``forward`` is not the map of its weight and bias.
+    """Refuse a layer whose ``forward`` is not the map of its weight and bias.
 
-    A subclass with the forward pass of its parent costs nothing to check (:ref:`kfac-rows`).
+    Of interest are subclasses with a forward pass of their own, a forward pass replaced on the
+    instance, and module hooks that apply to all modules; otherwise nothing is computed
+    (:ref:`kfac-rows`). Both the output and its derivatives are compared: a masked weight can have
+    the right output and the wrong derivative.
 
     Args:
         name: The layer's name in the model, for the message.
         layer: A supported layer.
         x: Its input.
-        z: Its output.
+        z: Its output, attached to its graph.
 
     Raises:
-        NotImplementedError: If the output differs from what the parent class computes.
+        NotImplementedError: If output or derivatives differ from those of x Wᵀ + b.
 
     Example:
         >>> layer = nn.Linear(2, 3)
         >>> check_linear("fc", layer, x := torch.ones(5, 2), layer(x))
     """
-    if not isinstance(layer, nn.Linear) or type(layer).forward is nn.Linear.forward:
+    own = getattr(layer.forward, "__func__", None) is nn.Linear.forward
+    if not isinstance(layer, nn.Linear) or (own and not _global_forward_hooks):
         return
-    with torch.no_grad():
-        expected = nn.functional.linear(x, layer.weight, layer.bias)
-        tolerance = torch.finfo(z.dtype).eps ** 0.5
-        if z.shape == expected.shape and torch.allclose(z, expected, tolerance, tolerance):
+    expected = nn.functional.linear(x.detach(), layer.weight, layer.bias)
+    if z.shape == expected.shape and _close(z, expected):
+        parameters = [p for p in layer.parameters(recurse=False) if p.requires_grad]
+        v = torch.linspace(-1, 1, z.numel(), dtype=z.dtype, device=z.device).reshape(z.shape)
+        found, wanted = (
+            torch.autograd.grad(out, parameters, v, retain_graph=True, allow_unused=True)
+            for out in (z, expected)
+        )
+        pairs = zip(found, wanted, strict=True)
+        if all(a is not None and b is not None and _close(a, b) for a, b in pairs):
             return
     raise NotImplementedError(
         f"KFAC does not support layer {name!r} ({type(layer).__name__}): its output is not "
-        f"x Wᵀ + b with its own weight and bias. Put what it adds into a module of its own, or "
-        f"pass ignore=[{name!r}] to leave it out."
+        f"x Wᵀ + b with its own weight and bias, or does not depend on them so. Put what it adds "
+        f"into a module of its own, or pass ignore=[{name!r}] to leave it out."
     )
+
+
+def _close(found: Tensor, wanted: Tensor) -> bool:
+    tolerance = torch.finfo(wanted.dtype).eps ** 0.5
+    scale = float(wanted.detach().abs().max()) if wanted.numel() else 0.0
+    return torch.allclose(found, wanted, rtol=tolerance, atol=tolerance * scale)

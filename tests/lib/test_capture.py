@@ -182,3 +182,52 @@ def test_the_parts_refuse_by_themselves():
         check_calls(calls, f.unsqueeze(0))
     with pytest.raises(TypeError, match="tuple"):
         require_graph((f, f))
+
+
+class Masked(nn.Linear):
+    """The right output, as its weight is masked already, and the wrong derivative."""
+
+    def __init__(self, *sizes):
+        super().__init__(*sizes)
+        self.register_buffer("mask", torch.arange(self.weight.numel()).reshape_as(self.weight) % 2)
+        self.weight.data *= self.mask
+
+    def forward(self, x):
+        return nn.functional.linear(x, self.weight * self.mask, self.bias)
+
+
+class Renamed(nn.Linear):
+    def forward(self, x):
+        return x @ self.weight.T + self.bias
+
+
+def test_a_subclass_with_the_right_output_and_another_derivative_is_refused():
+    net = nn.Sequential(Masked(4, 6), nn.Tanh(), nn.Linear(6, 3))
+    with left_alone(net), pytest.raises(NotImplementedError, match=r"'0' .Masked.*x Wᵀ"):
+        KFAC.compute(net, MSE, data_for(MSE, 5))
+
+
+def test_a_subclass_that_computes_the_same_in_its_own_words_is_taken():
+    net, plain = nn.Sequential(Renamed(4, 3)), nn.Sequential(nn.Linear(4, 3))
+    plain.load_state_dict(net.state_dict())
+    data = data_for(MSE, 5)
+    same(*(KFAC.compute(model, MSE, data) for model in (net, plain)))
+
+
+def test_a_forward_pass_replaced_on_the_instance_is_refused():
+    net = mlp(4, 6, 3)
+    layer = net[0]
+    layer.forward = lambda x: nn.functional.linear(x, 2 * layer.weight, layer.bias)
+    with pytest.raises(NotImplementedError, match=r"'0'.*x Wᵀ"):
+        KFAC.compute(net, MSE, data_for(MSE, 5))
+
+
+def test_a_hook_on_all_modules_that_changes_outputs_is_refused():
+    handle = nn.modules.module.register_module_forward_hook(
+        lambda module, args, z: 2 * z if isinstance(module, nn.Linear) else None
+    )
+    try:
+        with pytest.raises(NotImplementedError, match=r"'0'.*x Wᵀ"):
+            KFAC.compute(mlp(4, 6, 3), MSE, data_for(MSE, 5))
+    finally:
+        handle.remove()
