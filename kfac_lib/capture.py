@@ -200,6 +200,8 @@ def require_graph(f: Any) -> Tensor:
             f"The prediction has shape {tuple(f.shape)}. Give (N, ...): axis 0 is the datum, and "
             "at least one more axis follows, for example f.unsqueeze(1)."
         )
+    if f.numel() == 0:
+        raise ValueError(f"The prediction is empty: its shape is {tuple(f.shape)}.")
     if not f.requires_grad:
         raise ValueError(
             "The prediction has no graph: the model ran without grad (torch.no_grad, .detach() or "

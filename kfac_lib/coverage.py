@@ -78,13 +78,13 @@ def cover(
     if unsupported:
         first = unsupported[0]
         owner = _owner(first)
-        paste = sorted(
-            {
-                _owner(n) if not is_supported(modules[_owner(n)]) and _owner(n) else n
-                for n in unsupported
-            },
-            key=list(modules | parameters).index,
-        )
+        # A module's name leaves out all that it holds: right only where none of it is wanted.
+        whole = {
+            _owner(n)
+            for n in unsupported
+            if _owner(n) and all(m in unsupported for m in wanted if m.startswith(f"{_owner(n)}."))
+        }
+        paste = list(dict.fromkeys(_owner(n) if _owner(n) in whole else n for n in unsupported))
         what = f"layer {owner!r}" if owner else "the model's own parameter"
         raise NotImplementedError(
             f"KFAC does not support {what} ({type(modules[owner]).__name__}), which holds the "

@@ -72,6 +72,10 @@ class KFAC(Mapping[str, Kronecker]):
         shared positions; :func:`kfac_lib.accumulate.constants` holds the table. The model, its
         gradients, hooks and mode stay as they are.
 
+        Assumed, since it cannot be seen: axis 0 of every covered layer's input is the datum, and
+        one datum's prediction depends on no other datum and on no random number. Modules that
+        break this are refused; code inside a ``forward`` that does is not noticed.
+
         Args:
             model: Network of supported layers.
             loss_func: :class:`torch.nn.MSELoss`, :class:`torch.nn.CrossEntropyLoss`, or a
@@ -98,6 +102,7 @@ class KFAC(Mapping[str, Kronecker]):
         """
         if bias not in ("joint", "separate"):
             raise ValueError(f"bias={bias!r}: use 'joint' or 'separate'.")
+        _check_kind("sharing", sharing, "rows", "Expand() or Reduce()")
         criterion = criterion_of(loss_func)
         coverage = cover(model, layers, ignore)
         sums = _accumulate(
@@ -235,6 +240,11 @@ def exact_blocks(
     return {name: _finite(name, block.finish(criterion))[0] for name, block in blocks.items()}
 
 
+def _check_kind(argument: str, given: object, method: str, possible: str) -> None:
+    if isinstance(given, type) or not hasattr(given, method):
+        raise TypeError(f"{argument}={given!r} is not usable. Give an object: {possible}.")
+
+
 def _accumulate(
     new: Callable[[], Accumulator],
     model: nn.Module,
@@ -244,6 +254,7 @@ def _accumulate(
     coverage: Coverage,
     chunk_size: int | None,
 ) -> dict[str, Accumulator]:
+    _check_kind("fisher", fisher, "vectors", "TypeII(), MonteCarlo() or Empirical()")
     accumulators = {name: new() for name in coverage.layers}
     for name, rows in stream(model, criterion, fisher, data, coverage, chunk_size=chunk_size):
         accumulators[name].update(rows)

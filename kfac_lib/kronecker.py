@@ -189,7 +189,16 @@ class EigenKronecker:
         return EigenKronecker(self.Q_A, self.Q_B, 1 / self.eigenvalues)
 
     def power(self, exponent: float) -> "EigenKronecker":
-        """Return the matrix power; eigenvalues below zero, which are rounding, count as zero."""
+        """Return the matrix power; eigenvalues below zero, which are rounding, count as zero.
+
+        Raises:
+            ValueError: For a negative exponent, if an eigenvalue is not positive.
+        """
+        if exponent < 0 and not bool((self.eigenvalues > 0).all()):
+            raise ValueError(
+                f"An eigenvalue is not positive, so there is no power {exponent}. Damp first: "
+                "Kronecker.inverse(Exact(1e-3)).power(0.5) for an inverse square root."
+            )
         return EigenKronecker(self.Q_A, self.Q_B, self.eigenvalues.clamp(min=0) ** exponent)
 
     def trace(self) -> Tensor:
@@ -197,8 +206,8 @@ class EigenKronecker:
         return self.eigenvalues.sum()
 
     def logdet(self) -> Tensor:
-        """Return the sum of the logarithms of the eigenvalues."""
-        return self.eigenvalues.log().sum()
+        """Return the sum of the logarithms of the eigenvalues; −inf where singular."""
+        return self.eigenvalues.clamp(min=0).log().sum()
 
     def norm(self) -> Tensor:
         """Return the Frobenius norm."""
@@ -213,13 +222,13 @@ def _logdet(factor: Tensor) -> Tensor:
 
 def _spd_inverse(factor: Tensor, name: str) -> Tensor:
     root, info = torch.linalg.cholesky_ex(factor)
-    # A pivot far below the largest is rounding, not information about the factor.
+    # The squared pivots of a singular matrix end at the rounding of the largest, not at zero.
     pivots = root.diagonal()
-    tiny = pivots.min() <= pivots.max() * len(pivots) * torch.finfo(factor.dtype).eps ** 0.5
+    tiny = pivots.min() <= pivots.max() * (len(pivots) * torch.finfo(factor.dtype).eps) ** 0.5
     if int(info) or bool(tiny):
         raise ValueError(
             f"Factor {name} of shape {tuple(factor.shape)} is singular to machine precision, as "
-            "factors of real data often are. Damp: inverse(Exact(1e-3))."
+            "factors of real data often are. Damp, or damp more: inverse(Exact(1e-3))."
         )
     return torch.cholesky_inverse(root)
 

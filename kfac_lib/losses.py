@@ -165,7 +165,7 @@ class CrossEntropy(Criterion):
                 f"CrossEntropyLoss: the targets have dtype {y.dtype}. Give class indices, for "
                 "example y.long()."
             )
-        low, high = (int(bound) for bound in y.aminmax())
+        low, high = (int(bound) for bound in y.long().aminmax())
         if low < 0 or high >= f.shape[1]:
             raise ValueError(
                 f"CrossEntropyLoss: the targets lie in {low}..{high}, but the logits have "
@@ -184,7 +184,7 @@ class CrossEntropy(Criterion):
         classes, positions = f.shape[1], f[0, 0].numel()
         p = f.reshape(f.shape[0], classes, positions).softmax(1)
         q = p.sqrt()
-        if columns == "full":
+        if columns == "full" or classes == 1:
             root = -q.movedim(1, 0).unsqueeze(2) * p
         else:
             # s_j = q_j (e_j − (p + q_K e_K) / (1 + q_K)): no small divisor, exact at p = 0 and 1.
