@@ -42,7 +42,7 @@ def data_for(loss, N, *shape, D_in=4, K=3):
 def relative_error(found, expected):
     assert found.shape == expected.shape
     assert expected.norm() > 0
-    return float((found - expected).norm() / expected.norm())
+    return float(((found - expected).norm() / expected.norm()).detach())
 
 
 def stack_entries(matrix, order):

@@ -101,7 +101,8 @@ class Visit:
         if page.query_selector('script[type="application/vnd.jupyter.widget-state+json"]'):
             page.wait_for_function(
                 """() => document.querySelectorAll('.explore-frame img').length ===
-                  document.querySelectorAll('script[type$="widget-view+json"]').length"""
+                  document.querySelectorAll('script[type$="widget-view+json"]').length""",
+                polling=50,
             )
         page.wait_for_timeout(50)
 

@@ -89,7 +89,10 @@ def test_every_formula_is_typeset(opened):
 def show(page, width: int, scheme: str) -> None:
     page.emulate_media(color_scheme=scheme)
     page.set_viewport_size({"width": width, "height": 800})
-    page.wait_for_function(f"() => document.documentElement.dataset.theme === '{scheme}'")
+    # polling: by default it waits for animation frames, and a page that stands still draws none
+    page.wait_for_function(
+        f"() => document.documentElement.dataset.theme === '{scheme}'", polling=50
+    )
     page.wait_for_timeout(100)
 
 
