@@ -7,6 +7,7 @@ Explained in the section :ref:`kfac-batches`.
 from dataclasses import dataclass
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from kfac_lib.flattening import Order, flatten
@@ -72,7 +73,8 @@ def constants(criterion: Criterion, count: Count, sharing: Sharing, S: int) -> t
     reduce    R Σ_n (Σ_s x̃)(Σ_s x̃)ᵀ            1/(N S²) Σ_n Σ_v (Σ_s g)(Σ_s g)ᵀ
     ========  ===============================  ==========================================
 
-    The 1/√M of Monte Carlo is in the vectors that are backpropagated.
+    N counts data, but not those whose labels are all ignored. The 1/√M of Monte Carlo and the √κ of
+    weights are in the vectors that are backpropagated. A flavour without vectors has B = I.
 
     Args:
         criterion: Holds the rule for R.
@@ -98,7 +100,6 @@ class FactorSums:
         sharing: Expand or reduce.
 
     Example:
-        >>> import torch
         >>> from kfac_lib.losses import SquaredError
         >>> sums = FactorSums(Expand())
         >>> sums.update(LayerRows(torch.ones(5, 1, 2), torch.ones(3, 5, 1, 4), None, Count(5, 20)))
@@ -111,6 +112,7 @@ class FactorSums:
         self.sharing = sharing
         self.count = Count(0, 0)
         self.S: int | None = None
+        self.vectors = 0
         self.xx: Tensor | None = None
         self.gg: Tensor | None = None
 
@@ -125,6 +127,7 @@ class FactorSums:
         if rows.count.N:
             self.xx = _add(self.xx, shared.input_gram())
         self.gg = _add(self.gg, shared.output_gram())
+        self.vectors += len(rows.g)
         self.count = self.count.plus(rows.count)
 
     def merge(self, other: "FactorSums") -> None:
@@ -139,6 +142,7 @@ class FactorSums:
             return
         self.S = _same_S(self.S, other.S)
         self.xx, self.gg = _add(self.xx, other.xx), _add(self.gg, other.gg)
+        self.vectors += other.vectors
         self.count = self.count.plus(other.count)
 
     def finish(self, criterion: Criterion) -> tuple[Tensor, Tensor]:
@@ -150,6 +154,10 @@ class FactorSums:
         if self.S is None or self.xx is None or self.gg is None:
             raise ValueError("No rows were accumulated, so there are no factors.")
         scale_A, scale_B = constants(criterion, self.count, self.sharing, self.S)
+        if self.vectors == 0:
+            return scale_A * self.xx, torch.eye(
+                len(self.gg), dtype=self.gg.dtype, device=self.gg.device
+            )
         return scale_A * self.xx, scale_B * self.gg
 
 
@@ -160,7 +168,6 @@ class ExactBlocks:
         order: Flattening of the weight-shaped P.
 
     Example:
-        >>> import torch
         >>> from kfac_lib.losses import SquaredError
         >>> block = ExactBlocks("cvec")
         >>> block.update(LayerRows(torch.ones(5, 1, 2), torch.ones(3, 5, 1, 4), None, Count(5, 20)))

@@ -371,4 +371,4 @@ def _rows_of_jacobian(
         is_grads_batched=True,
         allow_unused=True,
     )
-    return rows
+    return rows.unsqueeze(1) if rows is not None and x.ndim == 0 else rows

@@ -29,6 +29,7 @@ class Call:
         layer: The layer.
         x: Its input, of any shape with the datum as axis 0.
         version: The input's version counter when the layer read it.
+        shape: The shape of its output.
         edge: Where the output enters the graph; usable as input of :func:`torch.autograd.grad`.
     """
 
@@ -36,6 +37,7 @@ class Call:
     layer: nn.Module
     x: Tensor
     version: int
+    shape: torch.Size
     edge: GradientEdge
 
 
@@ -77,7 +79,8 @@ def capture(layers: Mapping[str, nn.Module]) -> Iterator[dict[str, list[Call]]]:
                 "so nothing can be backpropagated to it. Run the model with grad."
             )
         check_linear(name, layer, x, z)
-        calls[name].append(Call(name, layer, x.detach(), x._version, get_gradient_edge(z)))
+        edge = get_gradient_edge(z)
+        calls[name].append(Call(name, layer, x.detach(), x._version, z.shape, edge))
         # A change in place of a view (a Linear with bias on shared axes returns one) takes the
         # noted place out of the graph; of a copy it does not.
         return z.clone() if z._is_view() else None

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from kfac_lib.accumulate import ExactBlocks, Expand, FactorSums, Sharing
 from kfac_lib.capture import is_finite
 from kfac_lib.coverage import Coverage, cover
-from kfac_lib.fisher import Fisher, TypeII
+from kfac_lib.fisher import Fisher, TypeII, flavours, require_vectors
 from kfac_lib.flattening import Order, check_order
 from kfac_lib.kronecker import Damping, Kronecker
 from kfac_lib.losses import Criterion, criterion_of
@@ -78,11 +78,12 @@ class KFAC(Mapping[str, Kronecker]):
 
         Args:
             model: Network of supported layers.
-            loss_func: :class:`torch.nn.MSELoss`, :class:`torch.nn.CrossEntropyLoss`, or a
-                criterion.
+            loss_func: :class:`torch.nn.MSELoss`, :class:`torch.nn.CrossEntropyLoss` or
+                :class:`torch.nn.BCEWithLogitsLoss`, with any of their options, or a criterion.
             data: One pair (X, y), or an iterable of them; axis 0 is the datum.
-            fisher: Flavour: :class:`~kfac_lib.TypeII`, :class:`~kfac_lib.MonteCarlo` or
-                :class:`~kfac_lib.Empirical`.
+            fisher: Flavour: :class:`~kfac_lib.TypeII`, :class:`~kfac_lib.TypeI`,
+                :class:`~kfac_lib.MonteCarlo`, :class:`~kfac_lib.Empirical`,
+                :class:`~kfac_lib.RandomSigns` or :class:`~kfac_lib.InputOnly`.
             sharing: :class:`~kfac_lib.Expand` or :class:`~kfac_lib.Reduce`.
             chunk_size: How many vectors are backpropagated at once; all when not given. Smaller
                 needs less memory.
@@ -206,8 +207,7 @@ def exact_blocks(
         model: Network of supported layers.
         loss_func: A supported loss, or a criterion.
         data: One pair (X, y), or an iterable of them.
-        fisher: Flavour: :class:`~kfac_lib.TypeII`, :class:`~kfac_lib.MonteCarlo` or
-            :class:`~kfac_lib.Empirical`.
+        fisher: Flavour: any but :class:`~kfac_lib.InputOnly`, which has no matrix.
         order: Flattening of [W b].
         layers: Names or patterns of the layers or parameters to take; all when not given.
         ignore: Names or patterns to leave out.
@@ -227,6 +227,7 @@ def exact_blocks(
         torch.Size([9, 9])
     """
     check_order(order)
+    require_vectors(fisher)
     criterion = criterion_of(loss_func)
     blocks = _accumulate(
         lambda: ExactBlocks(order),
@@ -254,10 +255,15 @@ def _accumulate(
     coverage: Coverage,
     chunk_size: int | None,
 ) -> dict[str, Accumulator]:
-    _check_kind("fisher", fisher, "vectors", "TypeII(), MonteCarlo() or Empirical()")
+    _check_kind("fisher", fisher, "vectors", flavours())
     accumulators = {name: new() for name in coverage.layers}
     for name, rows in stream(model, criterion, fisher, data, coverage, chunk_size=chunk_size):
         accumulators[name].update(rows)
+    if all(accumulator.count.N == 0 for accumulator in accumulators.values()):
+        raise ValueError(
+            "No datum counts: the labels of all data are ignored (ignore_index). Give data with "
+            "labels."
+        )
     return accumulators
 
 

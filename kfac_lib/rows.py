@@ -21,7 +21,7 @@ class Count(NamedTuple):
 
     N: int
     """Number of data."""
-    denominator: int
+    denominator: float
     """Denominator of the reduction factor R under ``"mean"``."""
 
     def plus(self, other: "Count") -> "Count":

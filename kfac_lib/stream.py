@@ -116,20 +116,27 @@ def stream(
             )
         criterion.check(f, y)
         check_calls(calls, f)
-        count = Count(len(f), criterion.denominator(f, y))
+        # A datum whose labels are all ignored belongs to no sum; most batches have none.
+        counted = criterion.counted(f, y)
+        N = int(counted.sum())
+        keep = slice(None) if len(f) == N else counted
+        count = Count(N, criterion.denominator(f, y))
         single = {name: of_layer[0] for name, of_layer in calls.items()}
-        x = {name: input_rows(call.layer, call.x) for name, call in single.items()}
+        x = {name: input_rows(call.layer, call.x)[keep] for name, call in single.items()}
         for gradients in _pseudo_gradients(f, single, fisher.vectors(criterion, f, y), chunk_size):
             for name, g in gradients.items():
                 bias = 1.0 if name in coverage.biases else None
-                yield name, LayerRows(x[name], output_rows(single[name].layer, g), bias, count)
+                rows = output_rows(single[name].layer, g)[:, keep]
+                yield name, LayerRows(x[name], rows, bias, count)
             count = Count(0, 0)
 
 
 def _pseudo_gradients(
     f: Tensor, calls: Mapping[str, Call], vectors: Tensor, chunk_size: int | None
 ) -> Iterator[dict[str, Tensor]]:
-    size = chunk_size or len(vectors)
+    if len(vectors) == 0:
+        yield {name: f.new_empty(0, *call.shape) for name, call in calls.items()}
+    size = chunk_size or max(len(vectors), 1)
     edges = [call.edge for call in calls.values()]
     for start in range(0, len(vectors), size):
         chunk = vectors[start : start + size]

@@ -11,7 +11,7 @@ from truth import To, data_for, left_alone, mlp
 from kfac_lib import KFAC, MonteCarlo, exact_blocks
 
 pytestmark = pytest.mark.usefixtures("float64")
-MSE, CE = nn.MSELoss(), nn.CrossEntropyLoss()
+MSE, CE, BCE = nn.MSELoss(), nn.CrossEntropyLoss(), nn.BCEWithLogitsLoss()
 X, Y = torch.ones(5, 4).double(), torch.ones(5, 3).double()
 
 
@@ -147,14 +147,13 @@ def test_dropout_and_batch_norm_in_training_mode(module):
 @pytest.mark.parametrize(
     ("loss", "error", "words"),
     [
-        (nn.CrossEntropyLoss(label_smoothing=0.1), NotImplementedError, "label_smoothing"),
-        (nn.CrossEntropyLoss(weight=torch.ones(3)), NotImplementedError, "weight"),
-        (nn.CrossEntropyLoss(ignore_index=1), NotImplementedError, "ignore_index"),
+        (nn.CrossEntropyLoss(weight=torch.ones(4)), ValueError, "4 class weights for 3"),
+        (nn.CrossEntropyLoss(weight=-torch.ones(3)), ValueError, "weight holds negative"),
         (nn.MSELoss(reduction="none"), ValueError, "mean.*sum"),
         (nn.L1Loss(), NotImplementedError, "L1Loss.*Supported"),
         (nn.functional.mse_loss, TypeError, "not a loss object"),
     ],
-    ids=["smoothing", "weight", "ignore_index", "none", "L1", "function"],
+    ids=["weights", "negative", "none", "L1", "function"],
 )
 def test_a_loss_or_option_that_is_not_supported(loss, error, words):
     refused(mlp(4, 2, 3), error, words, data_for(CE, 5), loss)
@@ -169,13 +168,14 @@ def test_a_loss_or_option_that_is_not_supported(loss, error, words):
         (MSE, torch.zeros(4, 3), ValueError, r"5 data.*4"),
         (CE, torch.zeros(5).long() + 3, ValueError, r"3\.\.3.*3 classes.*0\.\.2"),
         (CE, torch.zeros(5).long() - 1, ValueError, r"-1.*3 classes"),
-        (CE, torch.zeros(5).long() - 100, ValueError, r"-100.*3 classes"),
+        (CE, torch.zeros(5).long() - 100, ValueError, r"mean is over nothing|No datum counts"),
         (CE, torch.zeros(5), TypeError, r"float32.*long"),
         (CE, torch.zeros(5).bool(), TypeError, r"bool.*long"),
         (CE, torch.zeros(5, 1).long(), ValueError, r"\(5,\).*\(5, 1\).*axis 1"),
-        (CE, torch.ones(5, 3) / 3, NotImplementedError, r"probabilities.*indices"),
+        (CE, torch.ones(5, 3) - 2, ValueError, r"negative.*not logits"),
+        (BCE, torch.ones(5, 3) + 1, ValueError, r"outside 0\.\.1"),
     ],
-    ids=range(11),
+    ids=range(12),
 )
 def test_targets_that_do_not_fit(loss, y, error, words):
     refused(mlp(4, 2, 3), error, words, (torch.randn(5, 4), y), loss)

@@ -1,61 +1,97 @@
 import pytest
 import torch
 from torch import nn
-from truth import per_datum_gradients, relative_error
+from truth import LOSSES, relative_error, targets
 
-from kfac_lib.losses import CrossEntropy, SquaredError, criterion_of
+from kfac_lib.losses import BinaryCrossEntropy, CrossEntropy, SquaredError, criterion_of
 
 pytestmark = pytest.mark.usefixtures("float64")
 K = 4
-kinds = pytest.mark.parametrize("kind", [nn.MSELoss, nn.CrossEntropyLoss])
+options = pytest.mark.parametrize("option", LOSSES)
 reductions = pytest.mark.parametrize("reduction", ["mean", "sum"])
 positions = pytest.mark.parametrize("shape", [(), (3,), (2, 3)], ids=["2d", "1 axis", "2 axes"])
+BASIC = ["MSE", "CE", "BCE"]
+basic = pytest.mark.parametrize("option", BASIC)
 
 
-def example(kind, shape, N=5):
-    f = torch.randn(N, K, *shape)
-    return f, torch.randn_like(f) if kind is nn.MSELoss else torch.randint(K, (N, *shape))
+def example(option, shape, N=5, reduction="mean"):
+    factory, kind = LOSSES[option]
+    f, loss = torch.randn(N, K, *shape), factory(K, reduction=reduction)
+    return f, targets(kind, N, K, shape), loss
 
 
-def dense_hessian(criterion, f, y):
-    """∇²_f Σ_n c_n by autograd, as (N, C, N, C)."""
+def blocks(loss, f, y):
+    """∇²_f of a loss by autograd, datum by datum, (N, C, C)."""
     size = (len(f), f[0].numel())
-    return torch.func.hessian(lambda f: criterion.value(f, y))(f).reshape(*size, *size)
+    H = torch.func.hessian(lambda f: loss(f, y))(f).reshape(*size, *size)
+    off = H.clone()
+    for n in range(len(f)):
+        off[n, :, n] = 0
+    assert not off.any()
+    return torch.stack([H[n, :, n] for n in range(len(f))])
 
 
-@kinds
+def squares(vectors):
+    v = vectors.flatten(2)
+    return torch.einsum("vnc,vnk->nck", v, v)
+
+
+def factor(criterion, f, y):
+    return criterion.reduction_factor(criterion.denominator(f, y))
+
+
+@options
 @reductions
 @positions
-def test_criterion_times_reduction_factor_is_torchs_loss(kind, reduction, shape):
-    f, y = example(kind, shape)
-    loss = kind(reduction=reduction)
+def test_value_gradient_and_hessian_are_those_of_torchs_loss(option, reduction, shape):
+    f, y, loss = example(option, shape, reduction=reduction)
     criterion = criterion_of(loss)
-    R = criterion.reduction_factor(criterion.denominator(f, y))
+    criterion.check(f, y)
+    R = factor(criterion, f, y)
     assert relative_error(R * criterion.value(f, y), loss(f, y)) < 1e-14
-
-
-@kinds
-@positions
-def test_gradient_and_hessian_root_are_those_of_autograd(kind, shape):
-    f, y = example(kind, shape)
-    criterion = criterion_of(kind())
-    expected = per_datum_gradients(nn.Identity(), kind(), (f, y))[0]
-    assert relative_error(criterion.gradient(f, y), expected) < 1e-12
-    H = dense_hessian(criterion, f, y)
+    gradient = torch.func.grad(lambda f: loss(f, y))(f)
+    assert relative_error(R * criterion.gradient(f, y), gradient) < 1e-12
+    H = blocks(loss, f, y)
     for columns in ("full", "minimal"):
-        L = criterion.hessian_root(f, y, columns).flatten(2)
-        for n in range(len(f)):
-            assert relative_error(L[:, n].T @ L[:, n], H[n, :, n]) < 1e-12
+        L = criterion.hessian_root(f, y, columns)
+        assert relative_error(R * squares(L), H) < 1e-12
+    scores = criterion.kappa(f, y).sqrt() * criterion.enumerated_gradients(f)
+    assert relative_error(R * squares(scores), H) < 1e-12
+    # a gradient that does not show in the Hessian, and the other way round: they differ
+    assert relative_error(R * squares(criterion.gradient(f, y).unsqueeze(0)), H) > 0.05
 
 
+@options
 @positions
-def test_each_column_of_the_root_lives_at_one_position(shape):
-    f, y = example(nn.CrossEntropyLoss, shape)
-    T = f[0, 0].numel()
-    for columns, per_position in (("full", K), ("minimal", K - 1)):
-        L = CrossEntropy("mean").hessian_root(f, y, columns).reshape(-1, len(f), K, T)
-        assert len(L) == T * per_position
-        assert ((L != 0).any(2).sum(-1) == 1).all()
+def test_the_root_times_a_vector_needs_no_columns(option, shape):
+    f, y, loss = example(option, shape)
+    criterion = criterion_of(loss)
+    u = torch.randn(3, *f.shape)
+    L = criterion.hessian_root(f, y)
+    # column v belongs to one entry of the prediction; its coefficient is u there
+    at = torch.eye(f[0].numel()).reshape(-1, *f.shape[1:])
+    if option.startswith("CE"):
+        T = f[0, 0].numel()
+        at = at.reshape(K, T, *f.shape[1:]).flatten(0, 1)
+    coefficients = torch.einsum("vc,mnc->mnv", at.flatten(1), u.flatten(2))
+    expected = torch.einsum("mnv,vnc->mnc", coefficients, L.flatten(2)).reshape(u.shape)
+    assert relative_error(criterion.hessian_root_product(f, y, u), expected) < 1e-12
+
+
+@basic
+@positions
+def test_each_column_of_the_root_and_each_label_lives_at_one_position(option, shape):
+    f, y, loss = example(option, shape)
+    T, criterion = f[0, 0].numel(), criterion_of(loss)
+    minimal = K - 1 if option == "CE" else K
+    labels = K if option == "CE" else 2 * K
+    for vectors, per_position in (
+        (criterion.hessian_root(f, y), K),
+        (criterion.hessian_root(f, y, "minimal"), minimal),
+        (criterion.enumerated_gradients(f), labels),
+    ):
+        assert len(vectors) == T * per_position
+        assert ((vectors.reshape(-1, len(f), K, T) != 0).any(2).sum(-1) == 1).all()
 
 
 @pytest.mark.parametrize("columns", ["full", "minimal"])
@@ -71,43 +107,109 @@ def test_cross_entropy_root_is_finite_and_right_where_probabilities_are_zero_or_
     assert (torch.einsum("vnk,vnj->nkj", L, L) - H).abs().max() < 1e-14
 
 
-@kinds
+def test_binary_cross_entropy_root_is_exact_for_saturated_logits():
+    f = torch.tensor([[40.0, -40.0, 800.0, -800.0]])
+    found = squares(BinaryCrossEntropy("sum").hessian_root(f, torch.zeros_like(f)))[0].diagonal()
+    # σ(40) σ(−40) = e^{−40} to first order; σ (1 − σ) in floating point would be zero
+    assert relative_error(found[:2], torch.tensor([-40.0, -40.0]).exp()) < 1e-12
+    assert found[2:].tolist() == [0, 0]
+
+
+@options
 @reductions
-def test_denominators_of_batches_add_up(kind, reduction):
-    loss = kind(reduction=reduction)
+def test_denominators_of_batches_add_up(option, reduction):
+    f, y, loss = example(option, (3,), reduction=reduction)
     criterion = criterion_of(loss)
-    (f, y), (f2, y2) = example(kind, (3,)), example(kind, (3,), N=2)
+    f2, y2 = torch.randn(2, K, 3), targets(LOSSES[option][1], 2, K, (3,))
     R = criterion.reduction_factor(criterion.denominator(f, y) + criterion.denominator(f2, y2))
     total = R * (criterion.value(f, y) + criterion.value(f2, y2))
     expected = loss(torch.cat([f, f2]), torch.cat([y, y2]))
     assert relative_error(total, expected) < 1e-14
     mean_of_means = (loss(f, y) + loss(f2, y2)) / 2
-    assert relative_error(mean_of_means, expected) > 1e-3
+    assert relative_error(mean_of_means, expected) > 1e-4
 
 
-@kinds
+@basic
 @positions
-def test_log_likelihood_gradient_is_that_of_the_distribution(kind, shape):
-    f, y = example(kind, shape)
+def test_log_likelihood_gradient_is_that_of_the_distribution(option, shape):
+    f, y, loss = example(option, shape)
     labels = torch.stack([y, y.flip(0)])
     for m, label in enumerate(labels):
         leaf = f.clone().requires_grad_()
-        if kind is nn.MSELoss:
-            r = torch.distributions.Normal(leaf, 1.0)
-        else:
-            r = torch.distributions.Categorical(logits=leaf.movedim(1, -1))
+        r = {
+            "MSE": lambda f: torch.distributions.Normal(f, 1.0),
+            "CE": lambda f: torch.distributions.Categorical(logits=f.movedim(1, -1)),
+            "BCE": lambda f: torch.distributions.Bernoulli(logits=f),
+        }[option](leaf)
         (expected,) = torch.autograd.grad(r.log_prob(label).sum(), leaf)
-        found = criterion_of(kind()).log_likelihood_gradient(f, labels)
+        found = criterion_of(loss).log_likelihood_gradient(f, labels)
         assert relative_error(found[m], expected) < 1e-12
+        # minus a log-likelihood, up to a constant
+        assert relative_error(criterion_of(loss).gradient(f, label), -expected) < 1e-12
 
 
-@kinds
-def test_samples_are_labels_and_detached(kind):
-    f, y = example(kind, (3,))
-    labels = criterion_of(kind()).sample(f.requires_grad_(), 7, None)
-    assert labels.shape == (7, *y.shape)
-    assert labels.dtype == y.dtype
+@options
+def test_samples_are_labels_and_detached(option):
+    f, y, loss = example(option, (3,))
+    labels = criterion_of(loss).sample(f.requires_grad_(), 7, None)
+    index = option.startswith("CE")
+    assert labels.shape == ((7, 5, 3) if index else (7, *y.shape))
+    assert labels.dtype == (torch.long if index else y.dtype)
     assert not labels.requires_grad
+
+
+def test_samples_have_the_frequencies_of_the_likelihood():
+    f, M = torch.tensor([[1.0, -0.5, 0.3]]), 40_000
+    generator = torch.Generator().manual_seed(0)
+    labels = CrossEntropy("sum").sample(f, M, generator)[:, 0]
+    for found, p in (
+        (labels.bincount(minlength=3) / M, f.softmax(1)[0]),
+        (BinaryCrossEntropy("sum").sample(f, M, generator).mean(0)[0], f.sigmoid()[0]),
+    ):
+        assert ((found - p).abs() < 5 * (p * (1 - p) / M).sqrt()).all()
+
+
+def test_ignored_labels_and_their_data():
+    f, criterion = torch.randn(3, K, 2), CrossEntropy("mean", ignore_index=2)
+    y = torch.tensor([[0, 2], [2, 2], [1, 3]])
+    assert criterion.counted(f, y).tolist() == [True, False, True]
+    assert criterion.denominator(f, y) == 3
+    assert criterion.kappa(f, y)[:, 0].tolist() == [[1, 0], [0, 0], [1, 1]]
+    assert CrossEntropy("mean").counted(f, y).all()
+    assert criterion.counted(f[..., 0], y[:, 1]).tolist() == [False, False, True]
+    ignored = torch.full((3, 2), 2)
+    criterion.check(f, ignored)
+    with pytest.raises(ValueError, match=r"mean is over nothing.*ignored"):
+        criterion.reduction_factor(criterion.denominator(f, ignored))
+    assert CrossEntropy("sum", ignore_index=2).reduction_factor(0) == 1
+
+
+def test_weights_follow_the_dtype_of_the_logits():
+    f, y = torch.randn(3, K).float(), torch.tensor([0, 1, 2])
+    criterion = CrossEntropy("mean", weight=torch.ones(K, dtype=torch.float64))
+    binary = BinaryCrossEntropy("mean", torch.ones(K), torch.ones(K))
+    for result in (
+        criterion.gradient(f, y),
+        criterion.hessian_root(f, y),
+        criterion.value(f, y),
+        binary.gradient(f, f.sigmoid()),
+        binary.hessian_root(f, f.sigmoid()),
+        binary.value(f, f.sigmoid()),
+    ):
+        assert result.dtype == torch.float32
+
+
+@pytest.mark.parametrize("shape", [(), (2,)], ids=["2d", "positions"])
+def test_weights_of_binary_cross_entropy_broadcast_as_in_torch(shape):
+    f = torch.randn(5, K, *shape)
+    y = (f > 0).double()
+    for size in [(), (5, *[1] * (f.ndim - 1)), (1, K, *[1] * len(shape)), f.shape, f.shape[1:]]:
+        weight, pos_weight = torch.rand(size), torch.rand(size)
+        loss = nn.BCEWithLogitsLoss(weight=weight, pos_weight=pos_weight)
+        criterion = criterion_of(loss)
+        criterion.check(f, y)
+        R = factor(criterion, f, y)
+        assert relative_error(R * squares(criterion.hessian_root(f, y)), blocks(loss, f, y)) < 1e-12
 
 
 def test_a_criterion_is_taken_as_it_is():
@@ -118,12 +220,11 @@ def test_a_criterion_is_taken_as_it_is():
 @pytest.mark.parametrize(
     ("loss", "error", "words"),
     [
-        (nn.CrossEntropyLoss(weight=torch.ones(3)), NotImplementedError, "weight"),
-        (nn.CrossEntropyLoss(label_smoothing=0.1), NotImplementedError, "label_smoothing"),
-        (nn.CrossEntropyLoss(ignore_index=0), NotImplementedError, "ignore_index"),
         (nn.CrossEntropyLoss(reduction="none"), ValueError, "'none'.*mean.*sum"),
         (nn.MSELoss(reduction="none"), ValueError, "'none'.*mean.*sum"),
+        (nn.BCEWithLogitsLoss(reduction="none"), ValueError, "'none'.*mean.*sum"),
         (nn.L1Loss(), NotImplementedError, "L1Loss.*Supported.*MSELoss"),
+        (nn.BCELoss(), NotImplementedError, "BCELoss.*Supported.*BCEWithLogitsLoss"),
         (nn.NLLLoss(), NotImplementedError, "NLLLoss.*Supported"),
         (type("Own", (nn.MSELoss,), {})(), NotImplementedError, "Own.*Supported"),
         (nn.functional.mse_loss, TypeError, r"function.*Supported.*MSELoss\(\)"),
@@ -132,6 +233,50 @@ def test_a_criterion_is_taken_as_it_is():
     ],
     ids=lambda value: getattr(value, "__name__", str(value))[:40],
 )
-def test_an_unsupported_loss_or_option_is_refused(loss, error, words):
+def test_an_unsupported_loss_is_refused(loss, error, words):
     with pytest.raises(error, match=words):
         criterion_of(loss)
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (lambda: SquaredError("none"), "SquaredError.*'none'.*mean.*sum"),
+        (lambda: CrossEntropy("none"), "CrossEntropy.*'none'.*mean.*sum"),
+        (lambda: CrossEntropy("mean", torch.tensor([1.0, -1])), "weight holds negative"),
+        (lambda: CrossEntropy("mean", torch.tensor([1.0, torch.nan])), "weight.*NaN"),
+        (lambda: CrossEntropy("mean", torch.ones(2, 2)), r"\(2, 2\).*\(K,\)"),
+        (lambda: CrossEntropy("mean", label_smoothing=1.5), "label_smoothing=1.5.*0 and 1"),
+        (lambda: CrossEntropy("mean", label_smoothing=float("nan")), "label_smoothing=nan"),
+        (lambda: BinaryCrossEntropy("mean", -torch.ones(2)), "weight holds negative"),
+        (lambda: BinaryCrossEntropy("mean", None, -torch.ones(2)), "pos_weight holds negative"),
+    ],
+    ids=range(9),
+)
+def test_an_option_out_of_its_range_is_refused(make, words):
+    with pytest.raises(ValueError, match=words):
+        make()
+
+
+ROWS = torch.zeros(5, 3)
+INDEX = torch.zeros(5, dtype=torch.long)
+
+
+@pytest.mark.parametrize(
+    ("criterion", "y", "words"),
+    [
+        (CrossEntropy("mean", torch.ones(4)), INDEX, "4 class weights for 3 classes"),
+        (CrossEntropy("mean", ignore_index=0), ROWS, "ignore_index=0 needs class indices"),
+        (CrossEntropy("mean"), ROWS - 1, "negative or NaN.*not logits"),
+        (CrossEntropy("mean"), INDEX + 3, r"3\.\.3.*3 classes"),
+        (BinaryCrossEntropy("mean"), ROWS + 2, r"outside 0\.\.1"),
+        (BinaryCrossEntropy("mean"), ROWS[:, :1], r"\(5, 3\).*\(5, 1\)"),
+        (BinaryCrossEntropy("mean", torch.ones(4)), ROWS, r"weight.*\(4,\).*\(5, 3\)"),
+        (BinaryCrossEntropy("mean", torch.ones(1, 5, 3)), ROWS, r"\(1, 5, 3\).*\(5, 3\)"),
+        (BinaryCrossEntropy("mean", None, torch.ones(5)), ROWS, r"pos_weight.*\(5,\)"),
+    ],
+    ids=range(9),
+)
+def test_targets_and_weights_that_do_not_fit_are_refused(criterion, y, words):
+    with pytest.raises(ValueError, match=words):
+        criterion.check(ROWS, y)

@@ -162,3 +162,60 @@ def left_alone(model):
                     else:
                         same = was == now
                     assert same, name
+
+
+WEIGHT = (0.5, 2.0, 0.0, 1.3)
+"""Class weights for the tests, one of them zero; the first K are taken."""
+
+
+def _weight(K):
+    return torch.tensor(WEIGHT[:K], dtype=torch.float64)
+
+
+LOSSES = {
+    "MSE": (lambda K, **r: nn.MSELoss(**r), "real"),
+    "CE": (lambda K, **r: nn.CrossEntropyLoss(**r), "index"),
+    "CE weight": (lambda K, **r: nn.CrossEntropyLoss(weight=_weight(K), **r), "index"),
+    "CE ignore": (lambda K, **r: nn.CrossEntropyLoss(ignore_index=1, **r), "index"),
+    "CE ignore -100": (lambda K, **r: nn.CrossEntropyLoss(**r), "index with -100"),
+    "CE smoothing": (lambda K, **r: nn.CrossEntropyLoss(label_smoothing=0.3, **r), "index"),
+    "CE all options": (
+        lambda K, **r: nn.CrossEntropyLoss(
+            weight=_weight(K), ignore_index=0, label_smoothing=0.3, **r
+        ),
+        "index",
+    ),
+    "CE probabilities": (lambda K, **r: nn.CrossEntropyLoss(**r), "probabilities"),
+    "CE probabilities weight smoothing": (
+        lambda K, **r: nn.CrossEntropyLoss(weight=_weight(K), label_smoothing=0.3, **r),
+        "probabilities",
+    ),
+    "BCE": (lambda K, **r: nn.BCEWithLogitsLoss(**r), "binary"),
+    "BCE soft": (lambda K, **r: nn.BCEWithLogitsLoss(**r), "fractions"),
+    "BCE weight": (
+        lambda K, **r: nn.BCEWithLogitsLoss(weight=torch.rand(()).double() + 0.5, **r),
+        "binary",
+    ),
+    "BCE pos_weight": (
+        lambda K, **r: nn.BCEWithLogitsLoss(
+            pos_weight=torch.tensor(3.0).double(), weight=torch.tensor(0.7).double(), **r
+        ),
+        "fractions",
+    ),
+}
+"""Every loss with every option: a factory (K, reduction=...) and the kind of its targets."""
+
+
+def targets(kind, N, K, shape=()):
+    """Random targets for a prediction of shape (N, K, *shape)."""
+    f = torch.randn(N, K, *shape)
+    index = torch.randint(K, (N, *shape))
+    index.view(-1)[:2] = torch.tensor([0, 1])  # both are there, so that ignoring one matters
+    return {
+        "real": f,
+        "index": index,
+        "index with -100": index.where(index != 1, -100),
+        "probabilities": f.softmax(1),
+        "binary": (f > 0).to(f.dtype),
+        "fractions": f.sigmoid(),
+    }[kind]
