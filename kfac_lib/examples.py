@@ -145,7 +145,7 @@ def little_sister(
     Args:
         N: Number of data.
         activation: A key of :data:`ACTIVATIONS`.
-        loss: ``"MSE"`` (normal targets) or ``"CE"`` (uniform labels).
+        loss: ``"MSE"`` (normal targets), ``"CE"`` (uniform labels) or ``"BCE"`` (zeros and ones).
         seed: Of weights and data.
 
     Returns:
@@ -158,12 +158,14 @@ def little_sister(
         >>> little_sister(N=2).X.shape
         torch.Size([2, 5])
     """
-    if loss not in ("MSE", "CE"):
-        raise ValueError(f"loss={loss!r}: use 'MSE' or 'CE'.")
+    if loss not in ("MSE", "CE", "BCE"):
+        raise ValueError(f"loss={loss!r}: use 'MSE', 'CE' or 'BCE'.")
     generator = torch.Generator().manual_seed(seed + 1)
     draws = torch.randn(N, 9, generator=generator, dtype=torch.float64)
     X, y, labels = draws[:, :5], draws[:, 5:8], (draws[:, 8].abs() * 100).long() % 3
     model = mlp(5, 4, 4, 3, activation=activation, seed=seed)
     if loss == "MSE":
         return Example(model, nn.MSELoss(), X, y)
+    if loss == "BCE":
+        return Example(model, nn.BCEWithLogitsLoss(), X, (y > 0).to(y.dtype))
     return Example(model, nn.CrossEntropyLoss(), X, labels)
