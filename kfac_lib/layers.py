@@ -6,6 +6,7 @@ two short functions, registered for its type; everything else then works.
 """
 
 from functools import singledispatch
+from math import prod
 
 import torch
 from torch import Tensor, nn
@@ -68,7 +69,7 @@ def _(layer: nn.Linear, x: Tensor) -> Tensor:
 
 @output_rows.register
 def _(layer: nn.Linear, g: Tensor) -> Tensor:
-    return g.reshape(*g.shape[:2], -1, g.shape[-1])
+    return g.reshape(*g.shape[:2], prod(g.shape[2:-1]), g.shape[-1])
 
 
 def is_supported(layer: nn.Module) -> bool:

@@ -3,9 +3,19 @@
 import pytest
 import torch
 from torch import nn
-from truth import To, data_for, mlp, relative_error, truth
+from truth import LOSSES as OPTIONS
+from truth import To, data_for, mlp, relative_error, targets, truth
 
-from kfac_lib import KFAC, Empirical, MonteCarlo, TypeII, exact_blocks
+from kfac_lib import (
+    KFAC,
+    Empirical,
+    InputOnly,
+    MonteCarlo,
+    RandomSigns,
+    TypeI,
+    TypeII,
+    exact_blocks,
+)
 from kfac_lib.losses import criterion_of
 
 pytestmark = pytest.mark.usefixtures("float64")
@@ -13,13 +23,16 @@ orders = pytest.mark.parametrize("order", ["cvec", "rvec"])
 FLAVOURS = {
     "type-II": TypeII(),
     "minimal": TypeII("minimal"),
+    "type-I": TypeI(),
     "Monte Carlo": MonteCarlo(3),
     "empirical": Empirical(),
+    "signs": RandomSigns(3),
 }
+KINDS = {"minimal": "type-II", "type-I": "type-II"}  # what they equal, by another way
 flavours = pytest.mark.parametrize("flavour", FLAVOURS)
 LOSSES = {
     f"{kind.__name__} {reduction}": kind(reduction=reduction)
-    for kind in (nn.MSELoss, nn.CrossEntropyLoss)
+    for kind in (nn.MSELoss, nn.CrossEntropyLoss, nn.BCEWithLogitsLoss)
     for reduction in ("mean", "sum")
 }
 losses = pytest.mark.parametrize("loss", LOSSES.values(), ids=LOSSES)
@@ -67,7 +80,7 @@ def expected_and_found(net, loss, data, flavour, order, compute):
     fisher = FLAVOURS[flavour]
     torch.manual_seed(1)
     vectors = fisher.vectors(criterion_of(loss), net(data[0]), data[1])
-    kind = {"minimal": "type-II"}.get(flavour, flavour)
+    kind = KINDS.get(flavour, flavour)
     torch.manual_seed(1)
     return truth(net, loss, data, kind, order, vectors), compute(fisher)
 
@@ -85,6 +98,21 @@ def test_exact_blocks_are_those_of_autograd(flavour, loss, net):
         assert list(found) == list(expected)
         for name in expected:
             assert relative_error(found[name], expected[name]) < 1e-10
+
+
+@flavours
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+@pytest.mark.parametrize("option", OPTIONS)
+def test_every_option_of_every_loss(flavour, reduction, option):
+    factory, kind = OPTIONS[option]
+    loss, (_, net) = factory(3, reduction=reduction), NETS["shared, mixing positions"]
+    model, data = net(), (torch.randn(4, 3, 4), targets(kind, 4, 3, (3,)))
+    expected, found = expected_and_found(
+        model, loss, data, flavour, "cvec",
+        lambda fisher: exact_blocks(model, loss, data, fisher, order="cvec"),
+    )  # fmt: skip
+    for name in expected:
+        assert relative_error(found[name], expected[name]) < 1e-10
 
 
 @flavours
@@ -133,6 +161,12 @@ def test_selected_layers_only():
     model, data = example("three layers", loss, 3)
     assert list(exact_blocks(model, loss, data, order="cvec", layers=["2", "4"])) == ["2", "4"]
     assert list(exact_blocks(model, loss, data, order="cvec", ignore="2")) == ["0", "4"]
+
+
+def test_a_flavour_without_vectors_has_no_block():
+    model, data = example("one layer", nn.MSELoss(), 3)
+    with pytest.raises(ValueError, match=r"InputOnly\(\).*no exact one.*TypeII\(\)"):
+        exact_blocks(model, nn.MSELoss(), data, InputOnly(), order="cvec")
 
 
 def test_an_unknown_order_is_refused():

@@ -5,7 +5,18 @@ import torch
 from torch import nn
 from truth import To, data_for, mlp, reduction_factor, relative_error
 
-from kfac_lib import KFAC, Empirical, Exact, Expand, Factored, MonteCarlo, Plain, Reduce, TypeII
+from kfac_lib import (
+    KFAC,
+    Empirical,
+    Exact,
+    Expand,
+    Factored,
+    InputOnly,
+    MonteCarlo,
+    Plain,
+    Reduce,
+    TypeII,
+)
 from kfac_lib.losses import CrossEntropy, SquaredError, criterion_of
 
 pytestmark = pytest.mark.usefixtures("float64")
@@ -206,3 +217,16 @@ def test_dtype_is_that_of_the_model(dtype):
     net, (X, y) = mlp(4, 2, 3).to(dtype), data_for(nn.MSELoss(), 5)
     kfac = KFAC.compute(net, nn.MSELoss(), (X.to(dtype), y.to(dtype)))
     assert {factor.dtype for K in kfac.values() for factor in (K.A, K.B)} == {dtype}
+
+
+@pytest.mark.parametrize("sharing", [Expand(), Reduce()], ids=repr)
+def test_input_only_has_the_same_A_the_identity_as_B_and_no_backward_pass(sharing, monkeypatch):
+    model = nn.Sequential(nn.Linear(4, 2), nn.Tanh(), nn.Linear(2, 3))
+    data = [(torch.randn(N, 2, 4), torch.randn(N, 2, 3)) for N in (3, 5)]
+    expected = KFAC.compute(model, nn.MSELoss(), data, sharing=sharing)
+    monkeypatch.setattr(torch.autograd, "grad", None)
+    found = KFAC.compute(model, nn.MSELoss(), data, InputOnly(), sharing)
+    for name, K in expected.items():
+        assert relative_error(found[name].A, K.A) < 1e-14
+        assert torch.equal(found[name].B, torch.eye(len(K.B)))
+        assert found[name].B.dtype == K.B.dtype

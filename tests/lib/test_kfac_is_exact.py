@@ -3,15 +3,24 @@
 import pytest
 import torch
 from torch import nn
-from truth import To, data_for, mlp, relative_error, truth
+from truth import LOSSES, To, data_for, mlp, relative_error, targets, truth
 
-from kfac_lib import KFAC, Empirical, MonteCarlo, Reduce, TypeII
+from kfac_lib import KFAC, Empirical, MonteCarlo, RandomSigns, Reduce, TypeI, TypeII
 from kfac_lib.losses import criterion_of
 
 pytestmark = pytest.mark.usefixtures("float64")
 orders = pytest.mark.parametrize("order", ["cvec", "rvec"])
-mse_and_ce = pytest.mark.parametrize("loss", [nn.MSELoss(), nn.CrossEntropyLoss()], ids=repr)
-FLAVOURS = {"type-II": TypeII(), "Monte Carlo": MonteCarlo(2), "empirical": Empirical()}
+losses = pytest.mark.parametrize(
+    "loss", [nn.MSELoss(), nn.CrossEntropyLoss(), nn.BCEWithLogitsLoss()], ids=repr
+)
+options = pytest.mark.parametrize("option", LOSSES)
+FLAVOURS = {
+    "type-II": TypeII(),
+    "type-I": TypeI(),
+    "Monte Carlo": MonteCarlo(2),
+    "empirical": Empirical(),
+    "signs": RandomSigns(2),
+}
 flavours = pytest.mark.parametrize("flavour", FLAVOURS)
 
 
@@ -20,7 +29,8 @@ def errors(model, loss, data, flavour="type-II", order="cvec", **options):
     fisher = options.pop("fisher", FLAVOURS[flavour])
     torch.manual_seed(1)
     vectors = fisher.vectors(criterion_of(loss), model(data[0]), data[1])
-    expected = truth(model, loss, data, flavour, order, vectors)
+    kind = "type-II" if flavour == "type-I" else flavour
+    expected = truth(model, loss, data, kind, order, vectors)
     torch.manual_seed(1)
     kfac = KFAC.compute(model, loss, data, fisher, **options)
     assert list(kfac) == list(expected)
@@ -29,7 +39,7 @@ def errors(model, loss, data, flavour="type-II", order="cvec", **options):
 
 @orders
 @flavours
-@mse_and_ce
+@losses
 @pytest.mark.parametrize("activation", ["tanh", "relu", "sigmoid"])
 def test_one_datum_is_exact_for_every_net_loss_and_flavour(order, flavour, loss, activation):
     model = mlp(4, 6, 5, 3, activation=activation)
@@ -38,8 +48,27 @@ def test_one_datum_is_exact_for_every_net_loss_and_flavour(order, flavour, loss,
     assert errors(model, loss, (3 * X, y), flavour, order)[0] > 0.05
 
 
+@options
+@flavours
+def test_one_datum_is_exact_for_every_option_of_a_loss(option, flavour):
+    factory, kind = LOSSES[option]
+    loss, model = factory(3), mlp(4, 6, 5, 3)
+    X, y = torch.randn(4, 4), targets(kind, 4, 3)
+    one = next(n for n in range(4) if criterion_of(loss).counted(model(X), y)[n])
+    assert max(errors(model, loss, (X[one : one + 1], y[one : one + 1]), flavour)) < 1e-10
+
+
+@options
+def test_one_input_with_many_labels_is_exact_for_every_option_of_a_loss(option):
+    factory, kind = LOSSES[option]
+    loss, model, y = factory(3), mlp(4, 6, 3), targets(kind, 6, 3)
+    X = torch.randn(6, 4)
+    assert max(errors(model, loss, (X[:1].expand(6, 4), y), "empirical")) < 1e-10
+    assert min(errors(model, loss, (X, y), "empirical")) > 0.02
+
+
 @orders
-@mse_and_ce
+@losses
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
 def test_one_datum_with_separate_bias_is_exact_in_each_own_block(order, loss, reduction):
     loss = type(loss)(reduction=reduction)
@@ -121,7 +150,7 @@ def test_last_layer_of_a_classifier_is_exact_when_its_weight_is_zero(order):
 
 
 @orders
-@mse_and_ce
+@losses
 def test_one_input_with_many_labels_is_exact_for_the_empirical_fisher(order, loss):
     model, (X, y) = mlp(4, 6, 3), data_for(loss, 6)
     same = X[:1].expand(6, 4)
@@ -158,7 +187,7 @@ def test_softmax_mixing_fails_both():
 
 @orders
 @flavours
-@mse_and_ce
+@losses
 def test_the_bias_block_of_reduce_is_always_exact(order, flavour, loss):
     model = nn.Sequential(
         nn.Linear(4, 2),
@@ -170,7 +199,8 @@ def test_the_bias_block_of_reduce_is_always_exact(order, flavour, loss):
     fisher = FLAVOURS[flavour]
     torch.manual_seed(1)
     vectors = fisher.vectors(criterion_of(loss), model(data[0]), data[1])
-    expected = truth(model, loss, data, flavour, "cvec", vectors)
+    kind = "type-II" if flavour == "type-I" else flavour
+    expected = truth(model, loss, data, kind, "cvec", vectors)
     torch.manual_seed(1)
     reduced = KFAC.compute(model, loss, data, fisher, Reduce(), bias="separate")
     torch.manual_seed(1)

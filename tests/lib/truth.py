@@ -36,6 +36,8 @@ def data_for(loss, N, *shape, D_in=4, K=3):
     X = torch.randn(N, *shape, D_in)
     if isinstance(loss, nn.MSELoss):
         return X, torch.randn(N, K, *shape)
+    if isinstance(loss, nn.BCEWithLogitsLoss):
+        return X, torch.randint(2, (N, K, *shape)).to(X.dtype)
     return X, torch.randint(K, (N, *shape))
 
 
@@ -84,7 +86,15 @@ def reduction_factor(loss, f, y):
     """R of the page "the mathematics", spelled out."""
     if isinstance(loss, nn.MSELoss):
         return 2 / f.numel() if loss.reduction == "mean" else 2.0
-    return 1 / y.numel() if loss.reduction == "mean" else 1.0
+    if loss.reduction == "sum":
+        return 1.0
+    if isinstance(loss, nn.BCEWithLogitsLoss):
+        return 1 / f.numel()
+    if y.shape == f.shape:
+        return f.shape[1] / f.numel()
+    valid = [label for label in y.flatten().tolist() if label != loss.ignore_index]
+    weight = [1.0] * f.shape[1] if loss.weight is None else loss.weight.tolist()
+    return 1 / sum(weight[label] for label in valid)
 
 
 def fisher_blocks(model, loss, data, vectors, order):
@@ -101,17 +111,11 @@ def fisher_blocks(model, loss, data, vectors, order):
 
 
 def per_datum_gradients(model, loss, data):
-    """∇_f c(f_n, y_n) with c = ½‖f−y‖² or −log softmax(f)_y, datum by datum, by autograd."""
+    """∇_f c(f_n, y_n), with one vector a datum: that of torch's own loss, over R."""
     X, y = data
     f = model(X).detach().requires_grad_()
-    gradients = []
-    for n in range(len(f)):
-        if isinstance(loss, nn.MSELoss):
-            c = ((f[n] - y[n]) ** 2).sum() / 2
-        else:
-            c = -f[n : n + 1].log_softmax(1).gather(1, y[n : n + 1].unsqueeze(1)).sum()
-        gradients.append(torch.autograd.grad(c, f)[0][n])
-    return torch.stack(gradients).unsqueeze(0)
+    (gradient,) = torch.autograd.grad(loss(f, y), f)
+    return gradient.unsqueeze(0) / reduction_factor(loss, f, y)
 
 
 def truth(model, loss, data, flavour, order, vectors=None):
