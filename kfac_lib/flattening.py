@@ -109,7 +109,7 @@ def rvec_inverse(tensor: Tensor, shape: Sequence[int], dim: int = 0) -> Tensor:
     """
     _check_size(tensor, shape, dim)
     first = dim % tensor.ndim
-    return tensor.reshape(*tensor.shape[:first], *shape, *tensor.shape[first + 1 :])
+    return tensor.reshape((*tensor.shape[:first], *shape, *tensor.shape[first + 1 :]))
 
 
 def cvec_inverse(tensor: Tensor, shape: Sequence[int], dim: int = 0) -> Tensor:

@@ -1,4 +1,5 @@
 from itertools import product
+from math import prod
 
 import pytest
 import torch
@@ -18,19 +19,20 @@ from kfac_lib.flattening import (
     unflatten,
 )
 
-shapes = st.lists(st.integers(1, 4), min_size=1, max_size=4)
+# rank 0 to 5, axes of size 1, and empty axes
+shapes = st.lists(st.integers(0, 3), max_size=5)
 orders = st.sampled_from(["cvec", "rvec"])
 
 
 @st.composite
 def shape_and_axes(draw):
-    shape = draw(shapes)
+    shape = draw(shapes.filter(bool))
     start = draw(st.integers(0, len(shape) - 1))
     return shape, start, draw(st.integers(start, len(shape) - 1))
 
 
 def numbered(shape):
-    return torch.arange(int(torch.tensor(shape).prod())).reshape(shape)
+    return torch.arange(prod(shape)).reshape(shape)
 
 
 def indices(shape, order):
@@ -72,10 +74,21 @@ def test_the_permutations_translate_vectors_and_are_inverse(shape):
     assert torch.equal(rvec_to_cvec(shape)[cvec_to_rvec(shape)], torch.arange(X.numel()))
 
 
+@given(shapes, orders)
+def test_a_whole_tensor_of_any_rank_comes_back(shape, order):
+    X = numbered(shape)
+    vector = flatten(X, order)
+    assert vector.shape == (X.numel(),)
+    assert torch.equal(unflatten(vector, order, shape), X)
+    assert [int(entry) for entry in vector] == [int(X[index]) for index in indices(shape, order)]
+    inverse = cvec_inverse if order == "cvec" else rvec_inverse
+    assert torch.equal(inverse(vector, shape), X)
+
+
 @given(shapes)
 def test_cvec_is_rvec_of_the_reversed_axes(shape):
     X = numbered(shape)
-    assert torch.equal(cvec(X), rvec(X.permute(*range(X.ndim)[::-1])))
+    assert torch.equal(cvec(X), rvec(X.permute(tuple(range(X.ndim))[::-1])))
 
 
 @given(st.integers(1, 4), st.integers(1, 4))
