@@ -67,7 +67,8 @@ def capture(layers: Mapping[str, nn.Module]) -> Iterator[dict[str, list[Call]]]:
     calls: dict[str, list[Call]] = {name: [] for name in layers}
 
     def record(name: str, layer: nn.Module, args: Any, kwargs: Any, z: Any) -> Tensor | None:
-        x = args[0] if args else kwargs.get("input")
+        given = [t for t in (*args, *kwargs.values()) if isinstance(t, Tensor)]
+        x = given[0] if given else None
         if not isinstance(x, Tensor) or not isinstance(z, Tensor):
             raise NotImplementedError(
                 f"Layer {name!r} ({type(layer).__name__}) does not take and return one tensor. "
@@ -186,7 +187,7 @@ def require_graph(f: Any) -> Tensor:
     See :ref:`kfac-rows`.
 
     Raises:
-        TypeError: If it is no tensor.
+        TypeError: If it is no tensor of real floating-point numbers.
         ValueError: If it has no axis for the data, no graph, or entries that are not finite.
 
     Example:
@@ -197,6 +198,11 @@ def require_graph(f: Any) -> Tensor:
         raise TypeError(
             f"The model returned a {type(f).__name__}. Wrap it so that it returns one tensor, the "
             "prediction that the loss takes."
+        )
+    if not f.is_floating_point():
+        raise TypeError(
+            f"The prediction has dtype {f.dtype}. Give real floating-point numbers, for example "
+            "the real and imaginary parts with torch.view_as_real."
         )
     if f.ndim < 2:
         raise ValueError(

@@ -63,6 +63,13 @@ def cover(
     modules = dict(model.named_modules(remove_duplicate=False))
     parameters = dict(model.named_parameters(remove_duplicate=False))
     taken = set(parameters) if layers is None else _matching(_as_list(layers), "layers", parameters)
+    for pattern in [] if layers is None else _as_list(layers):
+        asked = _matching([pattern], "layers", parameters)
+        if not any(parameters[name].requires_grad for name in asked):
+            raise ValueError(
+                f"layers: {pattern!r} names frozen parameters alone ({', '.join(sorted(asked))}). "
+                "Call requires_grad_() on them, or leave the pattern out."
+            )
     ignored = _matching(_as_list(ignore), "ignore", parameters)
     both = sorted(taken & ignored) if layers is not None else []
     if both:
@@ -123,7 +130,8 @@ def check_per_datum(model: nn.Module) -> None:
     See :ref:`kfac-rows`: the factors of such a net are not defined datum by datum.
 
     Raises:
-        ValueError: For active dropout, and for batch normalization over batch statistics.
+        ValueError: For active dropout, batch normalization over batch statistics, and instance
+            normalization that would update its running statistics.
 
     Example:
         >>> check_per_datum(nn.Sequential(nn.Linear(2, 3), nn.Dropout(0.1)).eval())
@@ -136,6 +144,15 @@ def check_per_datum(model: nn.Module) -> None:
             raise ValueError(
                 f"Layer {name!r} ({kind}) normalizes over the batch, so one datum's prediction "
                 "depends on the others. Call model.eval() first (with running statistics)."
+            )
+        if (
+            isinstance(module, nn.modules.instancenorm._InstanceNorm)
+            and module.training
+            and module.track_running_stats
+        ):
+            raise ValueError(
+                f"Layer {name!r} ({kind}) would update its running statistics in training mode. "
+                "Call model.eval() first."
             )
         p = getattr(module, "p", 0) if isinstance(module, nn.modules.dropout._DropoutNd) else 0
         p = module.dropout if isinstance(module, nn.MultiheadAttention | nn.RNNBase) else p
@@ -154,7 +171,10 @@ def _matching(patterns: Iterable[str], argument: str, parameters: Iterable[str])
     found: set[str] = set()
     names = list(parameters)
     for pattern in patterns:
-        hits = {n for n in names if any(fnmatchcase(c, pattern) for c in _names_of(n))}
+        # A name with brackets in it is itself first, a pattern second.
+        hits = {n for n in names if pattern in _names_of(n)} or {
+            n for n in names if any(fnmatchcase(c, pattern) for c in _names_of(n))
+        }
         if not hits:
             raise ValueError(
                 f"{argument}: {pattern!r} matches no layer or parameter. The parameters are "

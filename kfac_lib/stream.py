@@ -34,7 +34,8 @@ def batches(data: Data) -> Iterator[tuple[Any, Tensor]]:
 
     Raises:
         TypeError: If it is something else.
-        ValueError: If there is no batch, or a batch has no datum.
+        ValueError: If there is no batch, a batch has no datum, or holds NaN or inf.
+        NotImplementedError: For sparse inputs.
 
     Example:
         >>> X, y = torch.ones(5, 2), torch.zeros(5, 3)
@@ -51,9 +52,22 @@ def batches(data: Data) -> Iterator[tuple[Any, Tensor]]:
         if not _is_pair(pair):
             raise TypeError(f"Batch {number} is a {type(pair).__name__}. {hint}.")
         X, y = pair
-        if y.ndim == 0 or len(y) == 0:
+        if y.ndim == 0:
+            raise ValueError(
+                f"The targets of batch {number} have no axis for the data. Give shape (N, ...), "
+                "for example y.unsqueeze(0)."
+            )
+        if len(y) == 0:
             raise ValueError(f"Batch {number} is empty: its targets have shape {tuple(y.shape)}.")
-        for name, tensor in [("inputs X", t) for t in _tensors(X)] + [("targets y", y)]:
+        # −inf is what the masks of attention hold, and may stand among the inputs.
+        for tensor in _tensors(X):
+            if tensor.layout != torch.strided:
+                raise NotImplementedError(
+                    f"The inputs X of batch {number} are sparse ({tensor.layout}), which is not "
+                    "supported. Use X.to_dense()."
+                )
+        inputs = [("inputs X", t.masked_fill(t == -torch.inf, 0)) for t in _tensors(X)]
+        for name, tensor in [*inputs, ("targets y", y)]:
             if tensor.is_floating_point() and not is_finite(tensor):
                 raise ValueError(
                     f"The {name} of batch {number} hold NaN or inf. Clean the data first: one such "
@@ -106,6 +120,11 @@ def stream(
         raise ValueError(f"chunk_size={chunk_size!r}: use a positive integer, or None for all.")
     if torch.is_inference_mode_enabled():
         raise ValueError("Inference mode records no graph. Leave torch.inference_mode() first.")
+    if any(torch.is_autocast_enabled(kind) for kind in {p.device.type for p in model.parameters()}):
+        raise ValueError(
+            "Under autocast a layer's inputs and gradients have different dtypes. Leave "
+            "torch.autocast() first, or convert the model, as in model.bfloat16()."
+        )
     check_per_datum(model)
     for X, y in batches(data):
         with torch.enable_grad(), capture(coverage.layers) as calls:

@@ -193,8 +193,10 @@ def test_targets_that_do_not_fit(loss, y, error, words):
         ({"X": 1}, TypeError, r"dict.*pair"),
         ([X], TypeError, r"Batch 1 is a Tensor.*pair"),
         ([(X, 3)], TypeError, r"Batch 1 is a tuple.*pair"),
+        ((X, torch.tensor(3.0)), ValueError, r"no axis for the data.*unsqueeze\(0\)"),
+        ((X.to_sparse(), Y), NotImplementedError, r"sparse.*X\.to_dense\(\)"),
     ],
-    ids=range(9),
+    ids=range(11),
 )  # fmt: skip
 def test_data_that_are_empty_or_no_pairs(data, error, words):
     model = mlp(4, 2, 3)
@@ -249,6 +251,55 @@ def test_different_numbers_of_positions():
 )
 def test_patterns_and_options_that_do_not_fit(options, words):
     refused(mlp(4, 2, 3), ValueError, words, **options)
+
+
+def test_a_pattern_that_names_frozen_parameters_alone():
+    model = mlp(4, 2, 3)
+    model[0].requires_grad_(False)
+    words = r"layers: '0' names frozen parameters alone \(0\.bias, 0\.weight\)"
+    refused(model, ValueError, words, layers=["0", "2"])
+    model[0].bias.requires_grad_(True)
+    refused(model, ValueError, r"weight is frozen", layers=["0", "2"])
+
+
+def test_a_name_with_brackets_is_itself():
+    model = nn.Sequential()
+    model.add_module("block[0]", nn.Linear(4, 3))
+    model.add_module("block0", nn.Linear(3, 3))
+    kfac = KFAC.compute(model, MSE, data_for(MSE, 5), layers="block[0]")
+    assert list(kfac) == ["block[0]"]
+
+
+def test_autocast_and_complex_numbers():
+    model, data = mlp(4, 3), data_for(MSE, 5)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        refused(model, ValueError, r"autocast.*bfloat16\(\)", data)
+    imaginary = nn.Sequential(nn.Linear(4, 3), To(lambda z: z * 1j))
+    refused(imaginary, TypeError, r"complex128.*view_as_real", data)
+
+
+def test_instance_norm_with_running_statistics():
+    norm = nn.InstanceNorm1d(2, track_running_stats=True).double()
+    model = nn.Sequential(nn.Linear(4, 3), norm)
+    data = torch.randn(5, 2, 4), torch.randn(5, 2, 3)
+    refused(model, ValueError, r"Layer '1'.*running statistics.*model\.eval\(\)", data)
+    assert list(KFAC.compute(model.eval(), MSE, data)) == ["0"]
+
+
+def test_minus_infinity_in_a_mask_is_no_mistake():
+    class Masked(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fc = nn.Linear(4, 3)
+
+        def forward(self, x):
+            return self.fc((x["x"] + x["mask"]).softmax(1))
+
+    X, y = data_for(MSE, 5)
+    mask = torch.zeros(5, 4)
+    mask[:, 0] = -torch.inf
+    kfac = KFAC.compute(Masked(), MSE, ({"x": X, "mask": mask}, y))
+    assert kfac["fc"].A.isfinite().all()
 
 
 def test_an_unknown_bias_option():
