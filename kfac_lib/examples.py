@@ -1,6 +1,6 @@
 """The running example of the book: one small network and one batch of real digits.
 
-Met first in the section :ref:`kfac-criterion`. Needs the ``book`` extra (scikit-learn).
+Met first in the section :ref:`jac-network`. Needs the ``book`` extra (scikit-learn).
 """
 
 from itertools import pairwise
@@ -19,7 +19,7 @@ ACTIVATIONS: dict[str, type[nn.Module]] = {
 
 
 class Example(NamedTuple):
-    """A network, its loss and one batch (:ref:`kfac-criterion`)."""
+    """A network, its loss and one batch (:ref:`jac-network`)."""
 
     model: nn.Sequential
     loss_func: nn.Module
@@ -30,7 +30,7 @@ class Example(NamedTuple):
 def digits(N: int | None = None, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
     """Handwritten digits from scikit-learn, shuffled once with a fixed seed.
 
-    See :ref:`kfac-criterion`. 1797 images of 8×8 pixels; Alpaydin and Kaynak, UCI Machine
+    See :ref:`jac-network`. 1797 images of 8×8 pixels; Alpaydin and Kaynak, UCI Machine
     Learning Repository, 1998.
 
     Args:
@@ -61,7 +61,7 @@ def digits(N: int | None = None, dtype: torch.dtype = torch.float64) -> tuple[Te
 def mlp(
     *widths: int, activation: str = "tanh", seed: int = 0, dtype: torch.dtype = torch.float64
 ) -> nn.Sequential:
-    """A multilayer perceptron with weights from its own generator (:ref:`kfac-criterion`).
+    """A multilayer perceptron with weights from its own generator (:ref:`jac-network`).
 
     Weights and biases are normal with standard deviation 1/√D_in; torch's global generator is
     not touched.
@@ -106,7 +106,7 @@ def mlp(
 def running_example(N: int = 64, steps: int = 30) -> Example:
     """The running example: a 64-16-10 tanh network on N digits, cross-entropy.
 
-    See :ref:`kfac-criterion`. The net is a little trained, so that its curvature is neither that
+    See :ref:`jac-network`. The net is a little trained, so that its curvature is neither that
     of noise nor that of a finished net.
 
     Args:
@@ -140,7 +140,7 @@ def little_sister(
 ) -> Example:
     """A net small enough to draw whole: 5-4-4-3 on standard normal inputs.
 
-    See :ref:`kfac-criterion`. Its three layers have blocks of 24, 20 and 15 rows.
+    See :ref:`jac-network`. Its three layers have blocks of 24, 20 and 15 rows.
 
     Args:
         N: Number of data.
