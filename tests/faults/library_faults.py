@@ -24,8 +24,8 @@ LIBRARY_FAULTS = [
            '"""Return S."""\n        return 1', "kfac_is_exact"),
     _fault("reduce: S instead of S²", "accumulate", "return S**2", "return S", "kfac_is_exact"),
     _fault("merged sums forget the other's count", "accumulate",
-           "_add(self.gg, other.gg)\n        self.count = self.count.plus(other.count)",
-           "_add(self.gg, other.gg)", "accumulate"),
+           "self.vectors += other.vectors\n        self.count = self.count.plus(other.count)",
+           "self.vectors += other.vectors", "accumulate"),
     _fault("different S are let through", "accumulate", "if known not in (None, S):", "if False:",
            "bad_input"),
     # rows and stream: batches and chunks
