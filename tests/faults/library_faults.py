@@ -169,7 +169,8 @@ LIBRARY_FAULTS = [
     _fault("a Fisher without R", "curvature", "return R * torch.einsum(\"vnc,vnk->nck\"",
            "return torch.einsum(\"vnc,vnk->nck\"", "curvature"),
     _fault("separate bias takes the wrong corner", "kfac", "A[-1:, -1:]", "A[:1, :1]", "kfac"),
-    _fault("Jacobian in the other order", "autodiff", "return flatten(rows, order, start=1)",
-           "return flatten(rows, 'rvec', start=1)", "autodiff"),
+    _fault("Jacobian in the other order", "autodiff",
+           "        raise _not_on_graph(x)\n    return flatten(rows, order, start=1)",
+           "        raise _not_on_graph(x)\n    return flatten(rows, 'rvec', start=1)", "autodiff"),
     _fault("dropout is let through", "stream", "    check_per_datum(model)\n", "", "bad_input"),
 ]  # fmt: skip
