@@ -169,4 +169,5 @@ def relative_error(approximation: Tensor, exact: Tensor) -> float:
         raise ValueError(
             f"Shapes {tuple(approximation.shape)} and {tuple(exact.shape)} cannot be compared."
         )
-    return float(torch.linalg.norm(approximation - exact) / torch.linalg.norm(exact))
+    difference, exact = (approximation - exact).detach(), exact.detach()
+    return float(torch.linalg.norm(difference) / torch.linalg.norm(exact))
