@@ -100,7 +100,7 @@ class Criterion(ABC):
         """Draw labels from the likelihood r(· given f_n).
 
         Returns:
-            Tensor of shape (M, *label shape), detached.
+            Tensor of M labels for every label of the data, shape (M, N, ...), detached.
         """
 
     @abstractmethod
