@@ -37,7 +37,7 @@ def math(tex: str) -> str:
 
 def first(entry: dict[str, Any], known: dict[str, int]) -> str:
     label = entry["first"]
-    return f"{{ref}}`chapter {known[label]} <{label}>`"
+    return f"{{ref}}`{known[label]} <{label}>`"
 
 
 def letters(source: dict[str, Any]) -> list[str]:
@@ -49,7 +49,7 @@ def letters(source: dict[str, Any]) -> list[str]:
 
 def symbols(source: dict[str, Any]) -> list[str]:
     known = chapters()
-    rows = ["| symbol | meaning | shape | in code | first in |", "|---|---|---|---|---|"]
+    rows = ["| symbol | meaning | shape | in code | ch. |", "|---|---|---|---|---|"]
     for entry in source["symbols"]:
         code = ", ".join(f"{{py:obj}}`~{name}`" for name in entry.get("code", []))
         if "shown" in entry:
@@ -66,7 +66,7 @@ def terms(source: dict[str, Any]) -> list[str]:
     rows = ["```{glossary}"]
     for entry in sorted(source["terms"], key=lambda entry: entry["term"].lower()):
         text = " ".join(entry["text"].split())
-        rows += [entry["term"], f"  {text} ({first(entry, known)})", ""]
+        rows += [entry["term"], f"  {text} (Chapter {first(entry, known)})", ""]
     return [*rows[:-1], "```"]
 
 
@@ -82,6 +82,8 @@ class FromSymbols(SphinxDirective):
         lines = self.parts[self.arguments[0]](source)
         box = nodes.container()
         self.state.nested_parse(StringList(lines, str(SOURCE)), self.content_offset, box)
+        for table in box.findall(nodes.table):
+            table["classes"].append("symbols")
         return list(box.children)
 
 

@@ -136,32 +136,69 @@ def _site(name: str, change: Callable[[str], str], test: str, selection: str) ->
 
 
 # Library faults that a chapter's own checks must notice, whatever the library's tests say.
-NOTICED_BY_CHAPTER_8 = {
-    "R in B instead of A",
-    "1/N of B dropped",
-    "expand: N instead of N·S",
-    "reduce: S instead of S²",
-    "N of the largest batch instead of all",
-    "A summed once a chunk",
-    "reduce appends 1 instead of S",
-    "factor 2 of MSE forgotten",
-    "type-II root without its p qᵀ term",
-    "labels not drawn from the model",
-    "missing 1/√M",
-    "the empirical Fisher of sampled labels",
-    "the output tensor instead of its edge",
-    "A and B swapped in cvec order",
-    "U not multiplied by the transposed A",
-    "exact damping without δ",
-    "bias before the weight",
-    "a VJP with half the vector",
-    "π upside down",
-}
-NOTICED_BY_CHAPTER_1 = {
-    "A and B swapped in cvec order",
-    "the permutation of the transposed shape",
-    "back with the sizes in the wrong order",
-    "cvec is rvec",
+NOTICED = {
+    FIRST: {
+        "A and B swapped in cvec order",
+        "the permutation of the transposed shape",
+        "back with the sizes in the wrong order",
+        "cvec is rvec",
+    },
+    "02_jacobians": {
+        "a VJP with half the vector",
+        "a JVP in the direction of ones",
+        "bias before the weight",
+        "Jacobian in the other order",
+    },
+    "03_hessians": {
+        "mixed blocks the wrong way round",
+        "rows and columns exchanged",
+    },
+    "04_gauss_newton": {
+        "a GGN that is the Hessian",
+        "a product with the Jacobian twice",
+        "linearized without the value at the anchor",
+        "linearized around zero",
+    },
+    "05_likelihoods": {
+        "factor 2 of MSE forgotten",
+        "labels not drawn from the model",
+        "noise of the wrong width",
+        "label smoothing is ignored",
+        "class weights counted in N, not in R",
+        "probabilities divided by their number of classes",
+        "pos_weight for every label",
+        "a root without weights",
+    },
+    "06_fisher": {
+        "missing 1/√M",
+        "labels enumerated with r instead of √r",
+        "sigma points with weight 1/K",
+        "signs that are 0 or 1",
+        "the empirical Fisher of sampled labels",
+        "a Fisher without R",
+        "a matrix of the flavour without one",
+    },
+    KFAC: {
+        "R in B instead of A",
+        "1/N of B dropped",
+        "expand: N instead of N·S",
+        "reduce: S instead of S²",
+        "N of the largest batch instead of all",
+        "A summed once a chunk",
+        "reduce appends 1 instead of S",
+        "factor 2 of MSE forgotten",
+        "type-II root without its p qᵀ term",
+        "labels not drawn from the model",
+        "missing 1/√M",
+        "the empirical Fisher of sampled labels",
+        "the output tensor instead of its edge",
+        "A and B swapped in cvec order",
+        "U not multiplied by the transposed A",
+        "exact damping without δ",
+        "bias before the weight",
+        "a VJP with half the vector",
+        "π upside down",
+    },
 }
 
 
@@ -169,17 +206,55 @@ def read_by(chapter: str) -> tuple[str, ...]:
     return ("--nbval", "--nbval-cell-timeout", "120", f"book/{chapter}.ipynb")
 
 
+def in_code(chapter: str, old: str, new: str) -> Fault:
+    """Make a mistake in the code of a chapter; the chapter's own checks must notice it."""
+
+    def change(cells: list[dict]) -> bool:
+        hits = [cell for cell in cells if old in "".join(cell["source"])]
+        if len(hits) == 1:
+            hits[0]["source"] = "".join(hits[0]["source"]).replace(old, new)
+        return len(hits) == 1
+
+    return Fault(f"{chapter}: {new.strip()[:40]}", notebook(chapter, change), read_by(chapter))
+
+
 CHAPTER_FAULTS = [
     Fault(f"{chapter}: {fault.name}", fault.put, read_by(chapter))
-    for chapter, noticed in ((FIRST, NOTICED_BY_CHAPTER_1), (KFAC, NOTICED_BY_CHAPTER_8))
+    for chapter, noticed in NOTICED.items()
     for fault in LIBRARY_FAULTS
     if fault.name in noticed
 ]
-if len(CHAPTER_FAULTS) != len(NOTICED_BY_CHAPTER_1) + len(NOTICED_BY_CHAPTER_8):
+if len(CHAPTER_FAULTS) != sum(map(len, NOTICED.values())):
     raise StaleFaultError("a fault that a chapter should notice is gone")
+
+# Mistakes in a chapter's own code.
+MISTAKES = [
+    in_code("02_jacobians", '("cvec", torch.kron(A, B)),', '("cvec", torch.kron(B, A)),'),
+    in_code("02_jacobians", "pulled = pulled * (1 - output**2)", "pulled = pulled * (1 - output)"),
+    in_code("02_jacobians", "half_way = J_r[p_f]  #", "half_way = J_r[p_f][:, p_x]  #"),
+    in_code("02_jacobians", "torch.cat([torch.kron(X_tilde, e[None]) for e in I])",
+            "torch.kron(X_tilde, I)"),
+    in_code("03_hessians", '"CE": p.diag() - torch.outer(p, p),',
+            '"CE": p.diag() + torch.outer(p, p),'),
+    in_code("03_hessians", "(product,) = torch.autograd.grad(slope, x)",
+            "(product,) = torch.autograd.grad(slope / 2, x)"),
+    in_code("03_hessians", '{"sum": 2, "mean": 2 / (N * K)}', '{"sum": 2, "mean": 1 / (N * K)}'),
+    in_code("04_gauss_newton", "kept = 2 * (2 * t) ** 2", "kept = 2 * (2 * t)"),
+    in_code("04_gauss_newton", "(HJv,) = grad(slope, f, Jv, retain_graph=True)", "HJv = Jv"),
+    in_code("04_gauss_newton", "R = 2 / Y.numel()", "R = 1 / Y.numel()"),
+    in_code("05_likelihoods", "top = 2 if isinstance(loss_func, nn.MSELoss) else 1", "top = 1"),
+    in_code("05_likelihoods", "cumulated = f.softmax(1).cumsum(1)  # (N, K)",
+            "cumulated = f.softmax(0).cumsum(1)  # (N, K)"),
+    in_code("05_likelihoods", "slope = kappa * p_ - a", "slope = p_ - a"),
+    in_code("06_fisher", "return -log_p_gradients / sqrt(M)", "return -log_p_gradients"),
+    in_code("06_fisher", "1.05 * right[:M]", "1.00 * right[:M]"),
+    in_code("06_fisher", "return p.sqrt().diag() - torch.outer(p, p.sqrt())",
+            "return p.sqrt().diag() - torch.outer(p.sqrt(), p)"),
+]  # fmt: skip
 
 NOTEBOOK_FAULTS = [
     *CHAPTER_FAULTS,
+    *MISTAKES,
     Fault("a stale output", notebook(FIRST, stale_output),
           read_by(FIRST)),
     Fault("an unexecuted cell", notebook(FIRST, unexecuted), GUARD),
