@@ -7,6 +7,7 @@ Reasons, one by one:
 - The bibliography carries ``role`` attributes that accessibility checkers refuse.
 - The summary of a hidden cell is named "Toggle hidden content", which is not what it shows.
 - A table's empty corner is a header of nothing.
+- The number of a chapter stands in the name of its file, and nowhere on its page.
 """
 
 from __future__ import annotations
@@ -32,6 +33,9 @@ def mend(
     body = re.sub(r' role="(list|listitem|doc-biblioentry)"', "", body)
     body = body.replace('<summary aria-label="Toggle hidden content">', "<summary>")
     body = re.sub(r'<th class="([^"]*)">\s*(<p></p>)?\s*</th>', r'<td class="\1"></td>', body)
+    if number := re.match(r"(\d\d)_", pagename):
+        chapter = f'<p class="chapter-number">Chapter {int(number[1])}</p>'
+        body = re.sub(r"(?=<h1>)", chapter, body, count=1)
     context["body"] = body
 
 

@@ -62,8 +62,22 @@
     }
   }
 
+  // A displayed formula that is a little too wide for a phone is set smaller, to two thirds at most;
+  // what is wider still scrolls in its box.
+  function fitFormulas() {
+    for (const formula of document.querySelectorAll("article mjx-container[display='true']")) {
+      formula.dataset.size ??= parseFloat(getComputedStyle(formula).fontSize);
+      formula.style.fontSize = `${formula.dataset.size}px`;
+      const ratio = formula.clientWidth / formula.scrollWidth;
+      if (formula.clientWidth && ratio < 1) {
+        formula.style.fontSize = `${formula.dataset.size * Math.max(0.66, 0.98 * ratio)}px`;
+      }
+    }
+  }
+
   // After typesetting: boxes that scroll sideways must be reachable with the keyboard.
   function reachScrollers() {
+    fitFormulas();
     const boxes = "div.highlight pre, .cell_output pre, .pst-scrollable-table-container, " +
       "mjx-container[display='true'], .cell_output table.dataframe, div.math";
     for (const box of document.querySelectorAll(boxes)) {
