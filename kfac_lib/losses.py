@@ -295,20 +295,23 @@ class CrossEntropy(Criterion):
         return self._valid(y).flatten(1).any(1) if y.ndim > 1 else self._valid(y)
 
     def hessian_root(self, f: Tensor, y: Tensor, columns: Columns = "full") -> Tensor:  # noqa: D102
-        # At one position, with q = √p: L = diag(q) − p qᵀ. L q = 0, so L times an orthonormal
-        # basis of q's complement is a root with one column less.
+        # At one position, with q = √p: L = diag(q) − p qᵀ, column by column q_j (e_j − p). L q = 0, so
+        # L times an orthonormal basis of q's complement is a root with one column less:
+        # q_j (e_j − (p + q_K e_K) / (1 + q_K)), no small divisor, exact at p = 0 and p = 1.
+        # Every column is a multiple of q_j, and there √κ enters.
         classes = f.shape[1]
         p = f.flatten(2).softmax(1) if f.ndim > 2 else f.softmax(1).unsqueeze(2)
         q = p.sqrt()
+        kappa = self.kappa(f, y).reshape(len(f), 1, -1)
         if columns == "full" or classes == 1:
-            root = -q.movedim(1, 0).unsqueeze(2) * p
+            shift, scaled = p, kappa.sqrt() * q
         else:
-            # s_j = q_j (e_j − (p + q_K e_K) / (1 + q_K)): no small divisor, exact at p = 0 and 1.
             last = q[:, -1:]
             shift = torch.cat([p[:, :-1], p[:, -1:] + last], dim=1) / (1 + last)
-            root = -q[:, :-1].movedim(1, 0).unsqueeze(2) * shift
-        root.diagonal(dim1=0, dim2=2).add_(q[:, : len(root)].movedim(1, 2))
-        return self.kappa(f, y).sqrt() * _at_each_position(root, f)
+            scaled = kappa.sqrt() * q[:, :-1]
+        root = -scaled.movedim(1, 0).unsqueeze(2) * shift
+        root.diagonal(dim1=0, dim2=2).add_(scaled.movedim(1, 2))
+        return _at_each_position(root, f)
 
     def hessian_root_product(self, f: Tensor, y: Tensor, u: Tensor) -> Tensor:  # noqa: D102
         p = f.softmax(1)
