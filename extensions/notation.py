@@ -37,7 +37,7 @@ def math(tex: str) -> str:
 
 def first(entry: dict[str, Any], known: dict[str, int]) -> str:
     label = entry["first"]
-    return f"{{ref}}`{known[label]} <{label}>`"
+    return f"{{ref}}`ch. {known[label]} <{label}>`"
 
 
 def letters(source: dict[str, Any]) -> list[str]:
@@ -49,7 +49,7 @@ def letters(source: dict[str, Any]) -> list[str]:
 
 def symbols(source: dict[str, Any]) -> list[str]:
     known = chapters()
-    rows = ["| symbol | meaning | shape | in code | ch. |", "|---|---|---|---|---|"]
+    rows = ["| symbol | meaning | shape | in code | where |", "|---|---|---|---|---|"]
     for entry in source["symbols"]:
         code = ", ".join(f"{{py:obj}}`~{name}`" for name in entry.get("code", []))
         if "shown" in entry:
@@ -66,7 +66,7 @@ def terms(source: dict[str, Any]) -> list[str]:
     rows = ["```{glossary}"]
     for entry in sorted(source["terms"], key=lambda entry: entry["term"].lower()):
         text = " ".join(entry["text"].split())
-        rows += [entry["term"], f"  {text} (Chapter {first(entry, known)})", ""]
+        rows += [entry["term"], f"  {text} ({first(entry, known)})", ""]
     return [*rows[:-1], "```"]
 
 

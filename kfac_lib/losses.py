@@ -295,8 +295,8 @@ class CrossEntropy(Criterion):
         return self._valid(y).flatten(1).any(1) if y.ndim > 1 else self._valid(y)
 
     def hessian_root(self, f: Tensor, y: Tensor, columns: Columns = "full") -> Tensor:  # noqa: D102
-        # At one position, with q = √p: L = diag(q) − p qᵀ, column by column q_j (e_j − p). L q = 0, so
-        # L times an orthonormal basis of q's complement is a root with one column less:
+        # At one position, with q = √p: L = diag(q) − p qᵀ, column by column q_j (e_j − p). L q = 0,
+        # so L times an orthonormal basis of q's complement is a root with one column less:
         # q_j (e_j − (p + q_K e_K) / (1 + q_K)), no small divisor, exact at p = 0 and p = 1.
         # Every column is a multiple of q_j, and there √κ enters.
         classes = f.shape[1]
