@@ -77,6 +77,7 @@ class FromSymbols(SphinxDirective):
     parts = {"letters": letters, "symbols": symbols, "terms": terms}  # noqa: RUF012
 
     def run(self) -> list[nodes.Node]:
+        """Read the file, write its part as MyST, and parse that."""
         self.env.note_dependency(str(SOURCE))
         source = yaml.safe_load(SOURCE.read_text())
         lines = self.parts[self.arguments[0]](source)
