@@ -79,7 +79,7 @@
   function reachScrollers() {
     fitFormulas();
     const boxes = "div.highlight pre, .cell_output pre, .pst-scrollable-table-container, " +
-      "mjx-container[display='true'], .cell_output table.dataframe, div.math";
+      "mjx-container[display='true'], .cell_output table.dataframe, div.math, article table";
     for (const box of document.querySelectorAll(boxes)) {
       if (box.scrollWidth > box.clientWidth + 1) set(box, "tabindex", "0");
     }

@@ -40,7 +40,9 @@ class Control:
         if self.handle:
             return self.box.query_selector(".widget-readout").inner_text().strip()
         if self.menu:
-            return self.menu.evaluate("e => e.selectedOptions[0].textContent").strip()
+            # a menu sets its spaces so that they do not break
+            chosen = self.menu.evaluate("e => e.selectedOptions[0].textContent")
+            return " ".join(chosen.split())
         return self.box.query_selector(".mod-active").inner_text().strip()
 
     def positions(self):

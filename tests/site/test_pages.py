@@ -93,7 +93,7 @@ def show(page, width: int, scheme: str) -> None:
     page.wait_for_function(
         f"() => document.documentElement.dataset.theme === '{scheme}'", polling=50
     )
-    page.wait_for_timeout(100)
+    page.wait_for_timeout(300)  # colors fade from one scheme to the other
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
