@@ -108,7 +108,7 @@ def test_axe_finds_no_violation_in_what_opens(opened, axe, width, scheme):
     page = opened.page
     show(page, width, scheme)
     page.evaluate(OPEN_EVERYTHING)
-    page.wait_for_timeout(100)
+    page.wait_for_timeout(500)  # what opens fades in
     assert violations(page, axe) == []
     for tab in page.query_selector_all("article .sd-tab-set > label"):
         tab.click()
