@@ -62,9 +62,10 @@ def cover(
         raise TypeError(f"The model is a {type(model).__name__}; give a torch.nn.Module.")
     modules = dict(model.named_modules(remove_duplicate=False))
     parameters = dict(model.named_parameters(remove_duplicate=False))
-    taken = set(parameters) if layers is None else _matching(_as_list(layers), "layers", parameters)
+    taken = set(parameters) if layers is None else set()
     for pattern in [] if layers is None else _as_list(layers):
         asked = _matching([pattern], "layers", parameters)
+        taken |= asked
         if not any(parameters[name].requires_grad for name in asked):
             raise ValueError(
                 f"layers: {pattern!r} names frozen parameters alone ({', '.join(sorted(asked))}). "

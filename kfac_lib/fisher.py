@@ -74,7 +74,26 @@ class TypeI:
 
 
 @dataclass(frozen=True)
-class MonteCarlo:
+class _Drawn:
+    """What the flavours that draw have in common: how many samples, and from where."""
+
+    samples: int = 1
+    generator: torch.Generator | None = field(default=None, compare=False, repr=False)
+
+    def __post_init__(self) -> None:
+        if isinstance(self.samples, bool) or not isinstance(self.samples, int) or self.samples < 1:
+            raise ValueError(f"samples={self.samples!r}: use a positive integer, such as 1.")
+
+    def _check_device(self, f: Tensor) -> None:
+        if self.generator is not None and self.generator.device.type != f.device.type:
+            raise ValueError(
+                f"The generator lives on {self.generator.device}, the prediction on {f.device}. "
+                f"Use torch.Generator(device={f.device.type!r})."
+            )
+
+
+@dataclass(frozen=True)
+class MonteCarlo(_Drawn):
     """Gradients for labels drawn from the model: type-I by sampling (:ref:`fish-monte-carlo`).
 
     In expectation the type-II Fisher. All positions of a prediction are filled at once, with
@@ -95,15 +114,9 @@ class MonteCarlo:
         torch.Size([2, 5, 3])
     """
 
-    samples: int = 1
-    generator: torch.Generator | None = field(default=None, compare=False, repr=False)
-
-    def __post_init__(self) -> None:
-        _check_samples(self.samples)
-
     def vectors(self, criterion: Criterion, f: Tensor, y: Tensor) -> Tensor:
         """Return −√(κ_n/M) ∇_f log r(ỹ given f_n) for sampled labels ỹ, shape (M, *f.shape)."""
-        _check_device(self.generator, f)
+        self._check_device(f)
         f = f.detach()
         labels = criterion.sample(f, self.samples, self.generator)
         scale = (criterion.kappa(f, y) / self.samples).sqrt()
@@ -129,7 +142,7 @@ class Empirical:
 
 
 @dataclass(frozen=True)
-class RandomSigns:
+class RandomSigns(_Drawn):
     """Random mixtures of all columns of the Hessian's root (:ref:`fish-signs`).
 
     √κ_n L_n ρ / √M with ρ uniform in {−1, +1}, independent for each datum, position and sample. In
@@ -150,15 +163,9 @@ class RandomSigns:
         torch.Size([2, 5, 3])
     """
 
-    samples: int = 1
-    generator: torch.Generator | None = field(default=None, compare=False, repr=False)
-
-    def __post_init__(self) -> None:
-        _check_samples(self.samples)
-
     def vectors(self, criterion: Criterion, f: Tensor, y: Tensor) -> Tensor:
         """Return √κ_n L_n ρ / √M, shape (M, *f.shape)."""
-        _check_device(self.generator, f)
+        self._check_device(f)
         f = f.detach()
         coins = torch.randint(
             2, (self.samples, *f.shape), generator=self.generator, dtype=f.dtype, device=f.device
@@ -212,17 +219,4 @@ def require_vectors(fisher: Fisher) -> None:
         raise ValueError(
             "InputOnly() backpropagates nothing and sets B = I; it approximates no curvature "
             "matrix, so there is no exact one. Use another flavour, such as TypeII()."
-        )
-
-
-def _check_samples(samples: int) -> None:
-    if isinstance(samples, bool) or not isinstance(samples, int) or samples < 1:
-        raise ValueError(f"samples={samples!r}: use a positive integer, such as 1.")
-
-
-def _check_device(generator: torch.Generator | None, f: Tensor) -> None:
-    if generator is not None and generator.device.type != f.device.type:
-        raise ValueError(
-            f"The generator lives on {generator.device}, the prediction on {f.device}. "
-            f"Use torch.Generator(device={f.device.type!r})."
         )
