@@ -287,7 +287,15 @@ class CrossEntropy(Criterion):
         return targets.sum(1, keepdim=True) * f.softmax(1) - targets
 
     def kappa(self, f: Tensor, y: Tensor) -> Tensor:  # noqa: D102
-        return self._weighted_targets(f, y).sum(1, keepdim=True)
+        if self._are_probabilities(f, y):
+            return self._weighted_targets(f, y).sum(1, keepdim=True)
+        valid = self._valid(y)
+        if self.weight is None:
+            return valid.to(f.dtype).unsqueeze(1)
+        w = self.weight.to(f)
+        of_label = w[y.long().where(valid, 0)]
+        kappa = (1 - self.label_smoothing) * of_label + self.label_smoothing * w.mean()
+        return (kappa * valid).unsqueeze(1)
 
     def counted(self, f: Tensor, y: Tensor) -> Tensor:  # noqa: D102
         if self._are_probabilities(f, y):

@@ -59,16 +59,15 @@ def batches(data: Data) -> Iterator[tuple[Any, Tensor]]:
             )
         if len(y) == 0:
             raise ValueError(f"Batch {number} is empty: its targets have shape {tuple(y.shape)}.")
-        # −inf is what the masks of attention hold, and may stand among the inputs.
         for tensor in _tensors(X):
             if tensor.layout != torch.strided:
                 raise NotImplementedError(
                     f"The inputs X of batch {number} are sparse ({tensor.layout}), which is not "
                     "supported. Use X.to_dense()."
                 )
-        inputs = [("inputs X", t.masked_fill(t == -torch.inf, 0)) for t in _tensors(X)]
-        for name, tensor in [*inputs, ("targets y", y)]:
-            if tensor.is_floating_point() and not is_finite(tensor):
+        usable = {"inputs X": all(map(_is_usable, _tensors(X))), "targets y": _is_numbers(y)}
+        for name, good in usable.items():
+            if not good:
                 raise ValueError(
                     f"The {name} of batch {number} hold NaN or inf. Clean the data first: one such "
                     "entry would spoil every factor."
@@ -205,6 +204,15 @@ def _batched_vjp(
 
 def _is_pair(data: Any) -> bool:
     return isinstance(data, tuple | list) and len(data) == 2 and isinstance(data[1], Tensor)
+
+
+def _is_numbers(tensor: Tensor) -> bool:
+    return not tensor.is_floating_point() or is_finite(tensor)
+
+
+def _is_usable(tensor: Tensor) -> bool:
+    # −inf is what the masks of attention hold, and may stand among the inputs.
+    return _is_numbers(tensor) or is_finite(tensor.masked_fill(tensor == -torch.inf, 0))
 
 
 def _tensors(X: Any) -> Iterator[Tensor]:
