@@ -15,7 +15,7 @@ help: ## list the targets
 
 install: .venv/.installed ## make .venv with the locked packages and kfac_lib
 
-.venv/.installed: requirements.lock pyproject.toml
+.venv/.installed: requirements.lock requirements-peers.lock pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || \
 	  { echo "Python 3.11 or newer is needed; '$(PYTHON)' is not. Install it, or say which: make PYTHON=python3.12 $(MAKECMDGOALS)"; exit 1; }
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv || \
@@ -23,6 +23,8 @@ install: .venv/.installed ## make .venv with the locked packages and kfac_lib
 	@echo "Installing the locked packages into .venv ..."
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --retries 2 -r requirements.lock $(if $(TORCH_INDEX_URL),--extra-index-url $(TORCH_INDEX_URL)) >.venv/install.log 2>&1 || \
 	  { echo "Installing failed: is the package registry reachable? Check the network and pip's index settings, then run make again (log: .venv/install.log)"; exit 1; }
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --retries 2 --no-deps -r requirements-peers.lock >>.venv/install.log 2>&1 || \
+	  { echo "Installing the other KFAC libraries failed (log: .venv/install.log)"; exit 1; }
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e . >>.venv/install.log 2>&1 || \
 	  { echo "Installing kfac_lib itself failed (log: .venv/install.log)"; exit 1; }
 	@touch $@
@@ -51,11 +53,7 @@ format: install ## let ruff mend what it can
 	@$(BIN)/ruff check --fix .
 	@$(BIN)/ruff format .
 
-.venv/.peers: requirements-bench.lock .venv/.installed
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -r requirements-bench.lock
-	@touch $@
-
-bench: .venv/.peers ## speed, side by side with peers
+bench: install ## speed, side by side with peers
 	@$(BIN)/python -m benchmarks
 
 faults: book ## put faults in on purpose; each must turn the tests red

@@ -27,7 +27,7 @@ class Sharing(Protocol):
 
 @dataclass(frozen=True)
 class Expand:
-    """Treat every position like a datum of its own (:ref:`kfac-constants`).
+    """Treat every position like a datum of its own (:ref:`const-shared`).
 
     Example:
         >>> Expand().divisor(S=7)
@@ -45,7 +45,7 @@ class Expand:
 
 @dataclass(frozen=True)
 class Reduce:
-    """Sum a datum's positions before the outer product (:ref:`kfac-constants`).
+    """Sum a datum's positions before the outer product (:ref:`const-shared`).
 
     Example:
         >>> Reduce().divisor(S=7)
@@ -62,7 +62,7 @@ class Reduce:
 
 
 def constants(criterion: Criterion, count: Count, sharing: Sharing, S: int) -> tuple[float, float]:
-    """The numbers that turn raw sums into the factors A and B (:ref:`kfac-constants`).
+    """The numbers that turn raw sums into the factors A and B (:ref:`const-table`).
 
     Every constant of KFAC is in this table:
 

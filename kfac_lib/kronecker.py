@@ -1,6 +1,6 @@
 """One algebra for curvature blocks that are Kronecker products.
 
-Explained in the section :ref:`kfac-algebra`. The elements act on *weight-shaped* matrices of shape
+Explained in the chapter :ref:`kronecker`. The elements act on *weight-shaped* matrices of shape
 (D_out, D_in), which needs no flattening order at all:
 (A ⊗ B) cvec(U) = cvec(B U Aᵀ) and (B ⊗ A) rvec(U) = rvec(B U Aᵀ).
 """
@@ -8,6 +8,7 @@ Explained in the section :ref:`kfac-algebra`. The elements act on *weight-shaped
 from dataclasses import dataclass
 from typing import Protocol, Union
 
+import einops
 import torch
 from torch import Tensor
 
@@ -15,7 +16,7 @@ from kfac_lib.flattening import Order, check_order, cvec, rvec
 
 
 class Damping(Protocol):
-    """A way to invert a Kronecker product plus a multiple of the identity (:ref:`kfac-inverse`)."""
+    """A way to invert a Kronecker product plus a multiple of the identity (:ref:`damp-exact`)."""
 
     def inverse(self, kronecker: "Kronecker") -> Union["Kronecker", "EigenKronecker"]:
         """Return the damped inverse."""
@@ -23,7 +24,7 @@ class Damping(Protocol):
 
 @dataclass(frozen=True)
 class Kronecker:
-    """A ⊗ B for a weight of shape (D_out, D_in), with symmetric factors (:ref:`kfac-algebra`).
+    """A ⊗ B for a weight of shape (D_out, D_in), with symmetric factors (:ref:`kron-algebra`).
 
     Args:
         A: Input-based factor, shape (D_in, D_in).
@@ -127,7 +128,7 @@ class Kronecker:
 
 @dataclass(frozen=True)
 class EigenKronecker:
-    """(Q_A ⊗ Q_B) diag(λ) (Q_A ⊗ Q_B)ᵀ with free eigenvalues (:ref:`kfac-algebra`).
+    """(Q_A ⊗ Q_B) diag(λ) (Q_A ⊗ Q_B)ᵀ with free eigenvalues (:ref:`kron-eigen`).
 
     Not a Kronecker product unless the eigenvalues are an outer product: an exactly damped inverse
     is the usual example.
@@ -213,6 +214,79 @@ class EigenKronecker:
         """Return the Frobenius norm."""
         norm: Tensor = torch.linalg.norm(self.eigenvalues)
         return norm
+
+
+def rearrange(dense: Tensor, shape: tuple[int, int], order: Order) -> Tensor:
+    """Rearrange a matrix so that Kronecker products become matrices of rank one.
+
+    See :ref:`kron-nearest`. A ⊗ B (B ⊗ A for rvec) becomes rvec(A) rvec(B)ᵀ; a sum of Kronecker
+    products becomes a sum of such matrices, and norms stay what they are.
+
+    Args:
+        dense: Matrix on the flattened weight, shape (D_out · D_in, D_out · D_in).
+        shape: Shape (D_out, D_in) of the weight.
+        order: Flattening of the weight.
+
+    Returns:
+        Matrix of shape (D_in², D_out²).
+
+    Raises:
+        ValueError: If the order is unknown or the shapes do not fit.
+
+    Source: Van Loan and Pitsianis, *Approximation with Kronecker products*, 1993.
+
+    Example:
+        >>> K = Kronecker(A=torch.diag(torch.tensor([1.0, 2.0])), B=torch.tensor([[3.0]]))
+        >>> rearrange(K.to_dense("rvec"), K.shape, "rvec").T.tolist()
+        [[3.0, 0.0, 0.0, 6.0]]
+    """
+    D_out, D_in = shape
+    if tuple(dense.shape) != (D_out * D_in, D_out * D_in):
+        raise ValueError(
+            f"The matrix has shape {tuple(dense.shape)}; a weight of shape ({D_out}, {D_in}) needs "
+            f"{(D_out * D_in, D_out * D_in)}. With a joint bias D_in counts the appended 1."
+        )
+    given = "(i o) (j p)" if check_order(order) == "cvec" else "(o i) (p j)"
+    return einops.rearrange(dense, f"{given} -> (i j) (o p)", o=D_out, p=D_out)
+
+
+def nearest_kronecker(dense: Tensor, shape: tuple[int, int], order: Order) -> Kronecker:
+    """The Kronecker product that is nearest to a symmetric matrix in the Frobenius norm.
+
+    See :ref:`kron-nearest`. It is the leading singular triple of :func:`rearrange`; the squared
+    error that remains is the sum of the other squared singular values. The factors of a positive
+    semi-definite matrix are positive semi-definite, and get equal norms here.
+
+    Args:
+        dense: Symmetric matrix on the flattened weight, shape (D_out · D_in, D_out · D_in).
+        shape: Shape (D_out, D_in) of the weight.
+        order: Flattening of the weight.
+
+    Raises:
+        ValueError: If the order is unknown, the shapes do not fit, or the matrix is not symmetric
+            or not finite.
+
+    Source: Van Loan and Pitsianis, *Approximation with Kronecker products*, 1993.
+
+    Example:
+        >>> K = Kronecker(torch.eye(2), torch.tensor([[4.0]]))
+        >>> nearest = nearest_kronecker(K.to_dense("cvec"), K.shape, "cvec")
+        >>> torch.allclose(nearest.to_dense("cvec"), K.to_dense("cvec"))
+        True
+    """
+    rearranged = rearrange(dense, shape, order)
+    tolerance = torch.finfo(dense.dtype).eps ** 0.5 * dense.abs().max()
+    if not bool(((dense - dense.T).abs() <= tolerance).all()):
+        raise ValueError(
+            "The matrix is not symmetric, or holds NaN or inf. Curvature is symmetric: give "
+            "(G + G.T) / 2 if the difference is rounding."
+        )
+    left, singular_values, right = torch.linalg.svd(rearranged, full_matrices=False)
+    D_out, D_in = shape
+    root = singular_values[0].sqrt()
+    A, B = root * left[:, 0].reshape(D_in, D_in), root * right[0].reshape(D_out, D_out)
+    sign = torch.where(A.trace() < 0, -1, 1)
+    return Kronecker(sign * A, sign * B)
 
 
 def _logdet(factor: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 
 class Count(NamedTuple):
-    """What the constants need to know of the data (:ref:`kfac-constants`).
+    """What the constants need to know of the data (:ref:`const-counts`).
 
     Example:
         >>> Count(N=3, denominator=30).plus(Count(N=1, denominator=10))

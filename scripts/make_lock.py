@@ -1,7 +1,7 @@
 """Freeze the exact set of packages: install requirements.txt into an empty environment, list it.
 
-The peers of ``make bench`` go to a file of their own, to be installed without their dependencies
-(see its head).
+Other KFAC libraries go to a file of their own, to be installed without their dependencies (see its
+head).
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ PEERS = {
 UNUSED = {"torchvision"}
 HEAD = """\
 # The exact set that every command installs. Made from requirements.txt by `make lock`.
-# The peers of `make bench` are in requirements-bench.lock.
+# Other KFAC libraries are in requirements-peers.lock.
 """
-BENCH_HEAD = """\
-# The peers of `make bench`, installed with --no-deps: they declare torchvision, which nothing that
-# is measured imports, and whose builds must match the build of torch.
+PEERS_HEAD = """\
+# Other KFAC libraries, for chapter 10, its tests and `make bench`. Installed with --no-deps: they
+# declare torchvision, which nothing here imports, and whose builds must match the build of torch.
 """
 
 
@@ -46,7 +46,7 @@ def main() -> None:
     own = [line for name, line in pins.items() if name not in PEERS | UNUSED]
     peers = [line for name, line in pins.items() if name in PEERS]
     (ROOT / "requirements.lock").write_text(HEAD + "\n".join(own) + "\n")
-    (ROOT / "requirements-bench.lock").write_text(BENCH_HEAD + "\n".join(peers) + "\n")
+    (ROOT / "requirements-peers.lock").write_text(PEERS_HEAD + "\n".join(peers) + "\n")
 
 
 if __name__ == "__main__":
