@@ -1,16 +1,17 @@
 """KFAC from scratch: the library that the book builds, one module for one idea.
 
 Read the modules in this order: flattening, autodiff, linearization, losses, fisher, curvature,
-kronecker, damping, layers, coverage, rows, capture, stream, accumulate, kfac. The names below are
-the ones to import.
+kronecker, damping, layers, coverage, rows, capture, stream, accumulate, kfac, optim. The names
+below are the ones to import.
 """
 
 from kfac_lib.accumulate import Expand, Reduce
-from kfac_lib.damping import Exact, Factored, Plain
+from kfac_lib.damping import Exact, Factored, LevenbergMarquardt, Plain
 from kfac_lib.fisher import Empirical, InputOnly, MonteCarlo, RandomSigns, TypeI, TypeII
 from kfac_lib.flattening import cvec, cvec_inverse, rvec, rvec_inverse
 from kfac_lib.kfac import KFAC, exact_blocks
 from kfac_lib.kronecker import EigenKronecker, Kronecker
+from kfac_lib.optim import KFACPreconditioner
 
 __all__ = [
     "KFAC",
@@ -20,7 +21,9 @@ __all__ = [
     "Expand",
     "Factored",
     "InputOnly",
+    "KFACPreconditioner",
     "Kronecker",
+    "LevenbergMarquardt",
     "MonteCarlo",
     "Plain",
     "RandomSigns",

@@ -145,6 +145,14 @@ class FactorSums:
         self.vectors += other.vectors
         self.count = self.count.plus(other.count)
 
+    def scaled(self, weight: float) -> "FactorSums":
+        """Return sums and counts times a weight, for a weighted average over batches."""
+        result = FactorSums(self.sharing)
+        result.S, result.vectors, result.count = self.S, self.vectors, self.count.scaled(weight)
+        result.xx = None if self.xx is None else weight * self.xx
+        result.gg = None if self.gg is None else weight * self.gg
+        return result
+
     def finish(self, criterion: Criterion) -> tuple[Tensor, Tensor]:
         """Return the factors A and B, with their constants (see :func:`constants`).
 

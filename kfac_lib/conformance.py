@@ -390,7 +390,7 @@ def _as_dense(value: Any, block: Block, dense: bool) -> Tensor:
     return block.dense(A, B)
 
 
-def _checked(matrix: Any, name: str) -> Tensor:
+def _checked(matrix: object, name: str) -> Tensor:
     if not isinstance(matrix, Tensor):
         raise _UnusableError(f"{name} is a {type(matrix).__name__}, not a tensor")
     if matrix.is_complex() or matrix.layout != torch.strided:
@@ -428,7 +428,7 @@ def _directions(expected: Tensor) -> Tensor:
     return torch.cat([expected.reshape(-1, 1), torch.eye(D).reshape(-1, 1).to(drawn), drawn], 1)
 
 
-def _explain(outcomes: Sequence[Outcome]) -> Iterator[Explanation]:
+def _explain(outcomes: Sequence[Outcome]) -> list[Explanation]:
     measured = [m for outcome in outcomes for m in outcome.measured]
     wrong = [m for m in measured if not m.right]
     right = [m for m in measured if m.right]
@@ -442,12 +442,9 @@ def _explain(outcomes: Sequence[Outcome]) -> Iterator[Explanation]:
             counts += _matches(m, _predicted(m.block, hypothesis, variant))
         if hypothesis == "scale":
             counts[0] = 0
-        if counts.max() > 0:
-            best = min(
-                (counts == counts.max()).nonzero().flatten().tolist(),
-                key=lambda i: (SCALES[i].complexity, len(SCALES[i].powers)),
-            )
-            guesses.append(_Guess(hypothesis, (variant,), best, int(counts[best])))
+        tied = (counts == counts.max()).nonzero().flatten().tolist() if counts.max() > 0 else []
+        tied.sort(key=lambda i: (SCALES[i].complexity, len(SCALES[i].powers)))
+        guesses += [_Guess(hypothesis, (variant,), i, int(counts[i])) for i in tied[:4]]
     for hypothesis in dict.fromkeys(name for name, _ in names):
         # A mistake that shows in several ways, by flavour or by sharing.
         variants = tuple(variant for name, variant in names if name == hypothesis)
@@ -456,16 +453,21 @@ def _explain(outcomes: Sequence[Outcome]) -> Iterator[Explanation]:
             guesses.append(guess._replace(explained=sum(guess.agrees(m) for m in wrong)))
     rounding = sum(_is_rounding(m) for m in wrong)
     guesses.append(_Guess("float32 inside", ("",), 0, rounding))
-    seen = set()
+    found: dict[str, Explanation] = {}
     for guess in sorted(guesses, key=lambda guess: (-guess.explained, guess.effort)):
-        if guess.explained and guess.hypothesis not in seen:
-            seen.add(guess.hypothesis)
-            where: str | None = ""
-            if guess.explained == len(wrong):
-                where = _branch(wrong, [m for m in right if guess.contradicts(m)])
-            yield Explanation(
-                guess.name, HYPOTHESES[guess.hypothesis], guess.explained, len(wrong), where
+        best = found.get(guess.hypothesis)
+        if not guess.explained or (best and (best.is_complete or guess.explained < len(wrong))):
+            continue
+        where: str | None = ""
+        if guess.explained == len(wrong):
+            where = _branch(wrong, [m for m in right if guess.contradicts(m)])
+        if best is None or where is not None:
+            sentence = HYPOTHESES[guess.hypothesis]
+            found[guess.hypothesis] = Explanation(
+                guess.name, sentence, guess.explained, len(wrong), where
             )
+    # Python's sort is stable: of the complete ones the one that takes least to say comes first.
+    return sorted(found.values(), key=lambda e: (not e.is_complete, -e.explained))
 
 
 class _Guess(NamedTuple):

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -114,15 +115,16 @@ class _ClassesFirst(nn.Module):
 
 
 class _OnEachHalf(nn.Module):
-    """Call one module on both halves of the input, one after the other."""
+    """Call one module on both halves of the input, one after the other, and join the results."""
 
-    def __init__(self, twice: nn.Module) -> None:
+    def __init__(self, twice: nn.Module, join: Callable[..., Any]) -> None:
         super().__init__()
-        self.twice = twice
+        self.twice, self.join = twice, join
 
     def forward(self, x: Tensor) -> Tensor:
         left, right = x.chunk(2, dim=1)
-        return torch.cat([self.twice(left), self.twice(right)], dim=1)
+        joined: Tensor = self.join([self.twice(left), self.twice(right)])
+        return joined
 
 
 def _linear(D_in: int, D_out: int, bias: bool = True) -> nn.Linear:
@@ -211,7 +213,7 @@ def _options_of_the_losses() -> Iterator[ExactCase]:
         half = 0.5 * torch.ones(1, 3, dtype=torch.float64)
         yield case("pos_weight", nn.BCEWithLogitsLoss(pos_weight=weight), X, half, fisher)
     weighted = nn.CrossEntropyLoss(weight=weight, reduction="sum")
-    yield case("weight", weighted, X, y, MonteCarlo(2))
+    yield case("weight", weighted, X, y, MonteCarlo(17))
     yield case("label_smoothing", nn.CrossEntropyLoss(label_smoothing=0.3), X, y, Empirical())
 
 
@@ -287,7 +289,7 @@ def _shared() -> Iterator[ExactCase]:
             data = _randn(N, S, 4), _randn(N, len(mixing), 2)
             layers = ("0",) if isinstance(sharing, Reduce) else None
             yield _case(name, model, loss, data, sharing=sharing, layers=layers)
-        yield _case(name, model, loss, data, MonteCarlo(N - 2), sharing, layers)
+        yield _case(name, model, loss, data, MonteCarlo(N + 7), sharing, layers)
         ce = nn.CrossEntropyLoss(reduction=reduction)
         model = nn.Sequential(_linear(4, 5), nn.Tanh(), _linear(5, 3), _ClassesFirst())
         _zero(model[2])
@@ -297,9 +299,11 @@ def _shared() -> Iterator[ExactCase]:
 
 
 def _called_twice() -> Iterator[ExactCase]:
-    loss = nn.MSELoss()
-    model = _OnEachHalf(_net(3, 5, 2, activation=nn.Identity))
-    yield _case("module called twice", model, loss, (_randn(4, 6), _target(loss, 4, 4)))
+    loss, name = nn.MSELoss(), "module called twice"
+    halves = _OnEachHalf(_net(3, 5, 2, activation=nn.Identity), torch.hstack)
+    yield _case(name, halves, loss, (_randn(4, 6), _target(loss, 4, 4)))
+    added = _OnEachHalf(_linear(3, 2), sum)
+    yield _case(name, added, loss, (_randn(1, 6), _target(loss, 1, 2)), sharing=Reduce())
 
 
 def _definition() -> Iterator[ExactCase]:
@@ -309,7 +313,7 @@ def _definition() -> Iterator[ExactCase]:
             yield _case("definition", _net(4, 5, 5, 3), loss, data, fisher)
     yield _case("definition", _net(4, 5, 3), loss, data, TypeI())
     yield _case("definition", _net(4, 5, 3), loss, data, InputOnly())
-    yield _case("definition", _net(4, 5, 3), loss, data, MonteCarlo(3))
+    yield _case("definition", _net(4, 5, 3), loss, data, MonteCarlo(10))
     for sharing in (Expand(), Reduce()):
         for kind in (nn.MSELoss, nn.CrossEntropyLoss):
             for fisher in (TypeII(), Empirical()):
@@ -322,4 +326,4 @@ def _definition() -> Iterator[ExactCase]:
         data = _randn(5, 3, 4), _target(loss, 5, 3, 3)
         for fisher in (TypeII(), Empirical()):
             yield _case("definition", model, loss, data, fisher, sharing)
-    yield _case("definition", model, loss, data, MonteCarlo(2), Expand())
+    yield _case("definition", model, loss, data, MonteCarlo(14), Expand())

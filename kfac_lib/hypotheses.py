@@ -48,7 +48,7 @@ class Scale(NamedTuple):
         above, below = (
             "·".join(
                 letter + ("²" if abs(power) == 2 else "")
-                for letter, power in self.powers
+                for letter, power in reversed(self.powers)
                 if sign * power > 0
             )
             for sign in (1, -1)
@@ -347,6 +347,7 @@ def _other_vectors(block: Block, x: Tensor) -> Iterator[tuple[str, str, Tensor]]
     fisher = block.case.fisher
     names = {
         "empirical": "type-II against empirical",
+        "true labels": "labels instead of samples",
         "type-II": "type-II against empirical",
         "everywhere": "vectors at all positions at once",
         "everywhere, classes last": "vectors at all positions at once",
@@ -388,6 +389,11 @@ def _vectors(case: ExactCase, name: str) -> Tensor | None:
         return TypeII().vectors(criterion, f, y)
     if name == "empirical":
         return Empirical().vectors(criterion, f, y)
+    if name == "true labels":
+        if not isinstance(case.fisher, MonteCarlo):
+            return None
+        root = criterion.kappa(f, y).sqrt()
+        return -root * criterion.log_likelihood_gradient(f, y.unsqueeze(0))
     if name in ("everywhere", "everywhere, classes last"):
         classes_last = name != "everywhere"
         is_class_first = isinstance(case.loss_func, nn.CrossEntropyLoss)
@@ -411,18 +417,20 @@ def _softmax_over_data(f: Tensor, name: str) -> Tensor:
         eigenvalues, Q = torch.linalg.eigh(torch.diag_embed(q) - q.unsqueeze(-1) * q.unsqueeze(-2))
         roots = Q * eigenvalues.clamp(min=0).sqrt().unsqueeze(-2)
         columns = roots.permute(3, 0, 2, 1)  # (K, N, K, T)
+        shift = f.new_zeros(1, *f.shape)
     else:
-        weight, mean = {
+        # Labels drawn from q, the gradient mean − e_y: a spread about its mean at each position,
+        # and the mean, which fills all positions of a draw.
+        q, mean = {
             "softmax of the root": (wrong, wrong),
             "softmax of the labels": (labels, p),
             "softmax of the gradient": (p, wrong),
             "softmax of both": (labels, wrong),
         }[name]
-        columns = weight.sqrt().movedim(1, 0).unsqueeze(2) * (
-            eye.reshape(K, 1, K, 1) - mean.unsqueeze(0)
-        )
+        columns = q.sqrt().movedim(1, 0).unsqueeze(2) * (eye.reshape(K, 1, K, 1) - q.unsqueeze(0))
+        shift = (mean - q).reshape(1, *f.shape)
     at_each = torch.stack([columns * (torch.arange(T) == t) for t in range(T)])
-    return at_each.flatten(0, 1).reshape(-1, *f.shape)
+    return torch.cat([at_each.flatten(0, 1).reshape(-1, *f.shape), shift])
 
 
 @lru_cache(maxsize=2048)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from kfac_lib.accumulate import ExactBlocks, Expand, FactorSums, Sharing
 from kfac_lib.capture import is_finite
 from kfac_lib.coverage import Coverage, cover
+from kfac_lib.damping import layer_inverse
 from kfac_lib.fisher import Fisher, TypeII, flavours, require_vectors
 from kfac_lib.flattening import Order, check_order
 from kfac_lib.kronecker import Damping, Kronecker
@@ -103,7 +104,7 @@ class KFAC(Mapping[str, Kronecker]):
         """
         if bias not in ("joint", "separate"):
             raise ValueError(f"bias={bias!r}: use 'joint' or 'separate'.")
-        _check_kind("sharing", sharing, "rows", "Expand() or Reduce()")
+        check_kind("sharing", sharing, "rows", "Expand() or Reduce()")
         criterion = criterion_of(loss_func)
         coverage = cover(model, layers, ignore)
         sums = _accumulate(
@@ -111,7 +112,7 @@ class KFAC(Mapping[str, Kronecker]):
         )
         factors: dict[str, Kronecker] = {}
         for name, of_layer in sums.items():
-            A, B = _finite(name, *of_layer.finish(criterion))
+            A, B = require_finite(name, *of_layer.finish(criterion))
             prefix = f"{name}." if name else ""
             if bias == "joint":
                 factors[name] = Kronecker(A, B)
@@ -165,7 +166,7 @@ class KFAC(Mapping[str, Kronecker]):
         return torch.stack([K.logdet() for K in self.values()]).sum()
 
     def precondition(self, gradients: Mapping[str, Tensor], damping: Damping) -> dict[str, Tensor]:
-        """Apply the damped inverse of every layer to its gradient (:ref:`kfac-inverse`).
+        """Apply the damped inverse of every layer to its gradient (:ref:`damping`).
 
         Args:
             gradients: For each name a weight-shaped matrix (D_out, D_in [+1]), [W b] where the
@@ -177,14 +178,15 @@ class KFAC(Mapping[str, Kronecker]):
             For each name a matrix of the same shape.
 
         Raises:
-            ValueError: If the names or a shape do not fit.
+            ValueError: If the names or a shape do not fit, or a factor has no inverse; the message
+                names the layer.
         """
         if set(gradients) != set(self):
             raise ValueError(
                 f"Gradients are given for {sorted(gradients)}, factors are there for "
                 f"{sorted(self)}. Give one matrix for each."
             )
-        return {name: K.inverse(damping) @ gradients[name] for name, K in self.items()}
+        return {name: layer_inverse(name, K, damping) @ gradients[name] for name, K in self.items()}
 
 
 def exact_blocks(
@@ -238,10 +240,20 @@ def exact_blocks(
         cover(model, layers, ignore),
         chunk_size,
     )
-    return {name: _finite(name, block.finish(criterion))[0] for name, block in blocks.items()}
+    return {
+        name: require_finite(name, block.finish(criterion))[0] for name, block in blocks.items()
+    }
 
 
-def _check_kind(argument: str, given: object, method: str, possible: str) -> None:
+def check_kind(argument: str, given: object, method: str, possible: str) -> None:
+    """Refuse what is not an object with the method that an option needs (:ref:`kfac-factors`).
+
+    Raises:
+        TypeError: If it is a class, or has no such method.
+
+    Example:
+        >>> check_kind("sharing", Expand(), "rows", "Expand() or Reduce()")
+    """
     if isinstance(given, type) or not hasattr(given, method):
         raise TypeError(f"{argument}={given!r} is not usable. Give an object: {possible}.")
 
@@ -255,7 +267,7 @@ def _accumulate(
     coverage: Coverage,
     chunk_size: int | None,
 ) -> dict[str, Accumulator]:
-    _check_kind("fisher", fisher, "vectors", flavours())
+    check_kind("fisher", fisher, "vectors", flavours())
     accumulators = {name: new() for name in coverage.layers}
     for name, rows in stream(model, criterion, fisher, data, coverage, chunk_size=chunk_size):
         accumulators[name].update(rows)
@@ -267,7 +279,17 @@ def _accumulate(
     return accumulators
 
 
-def _finite(name: str, *results: Tensor) -> tuple[Tensor, ...]:
+def require_finite(name: str, *results: Tensor) -> tuple[Tensor, ...]:
+    """Return the factors or blocks of a layer, or refuse such that overflow.
+
+    See :ref:`kfac-factors`.
+
+    Raises:
+        ValueError: If one holds NaN or inf.
+
+    Example:
+        >>> (A,) = require_finite("fc", torch.eye(2))
+    """
     # In a positive semi-definite matrix no entry exceeds the largest on the diagonal.
     traces = torch.stack([result.trace() for result in results])
     if not is_finite(traces) and not all(is_finite(result) for result in results):

@@ -16,7 +16,11 @@ from kfac_lib.flattening import Order, check_order, cvec, rvec
 
 
 class Damping(Protocol):
-    """A way to invert a Kronecker product plus a multiple of the identity (:ref:`damp-exact`)."""
+    """A way to invert a Kronecker product plus a multiple of the identity (:ref:`damping`)."""
+
+    @property
+    def delta(self) -> float:
+        """The multiple of the identity, δ."""
 
     def inverse(self, kronecker: "Kronecker") -> Union["Kronecker", "EigenKronecker"]:
         """Return the damped inverse."""

@@ -19,14 +19,18 @@ class Count(NamedTuple):
         Count(N=4, denominator=40)
     """
 
-    N: int
-    """Number of data."""
+    N: float
+    """Number of data; a fraction only where sums are weighted."""
     denominator: float
     """Denominator of the reduction factor R under ``"mean"``."""
 
     def plus(self, other: "Count") -> "Count":
         """Return the counts of both, taken together."""
         return Count(self.N + other.N, self.denominator + other.denominator)
+
+    def scaled(self, weight: float) -> "Count":
+        """Return the counts times a weight."""
+        return Count(weight * self.N, weight * self.denominator)
 
 
 def gram(rows: Tensor) -> Tensor:

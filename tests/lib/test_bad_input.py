@@ -8,7 +8,8 @@ import torch
 from torch import nn
 from truth import To, data_for, left_alone, mlp
 
-from kfac_lib import KFAC, MonteCarlo, exact_blocks
+from kfac_lib import KFAC, Exact, Expand, KFACPreconditioner, MonteCarlo, TypeII, exact_blocks
+from kfac_lib.optim import predicted_decrease
 
 pytestmark = pytest.mark.usefixtures("float64")
 MSE, CE, BCE = nn.MSELoss(), nn.CrossEntropyLoss(), nn.BCEWithLogitsLoss()
@@ -328,3 +329,141 @@ def test_an_error_inside_the_models_own_forward_leaves_no_hook():
         raise KeyError("from the model")
 
     refused(Net(fails), KeyError, "from the model")
+
+
+# The preconditioner
+
+NONSENSE = [
+    ("damping", 1e-3, TypeError, r"damping=0\.001.*Exact\(1e-3\)"),
+    ("damping", Exact, TypeError, r"damping=<class.*an object such as"),
+    ("factor_every", 0, ValueError, r"factor_every=0.*positive integer"),
+    ("inverse_every", 1.5, ValueError, r"inverse_every=1\.5.*positive integer"),
+    ("inverse_every", True, ValueError, r"inverse_every=True"),
+    ("ema", 1.0, ValueError, r"ema=1\.0.*from 0 up to, but not, 1"),
+    ("ema", -0.1, ValueError, r"ema=-0\.1"),
+    ("ema", float("nan"), ValueError, r"ema=nan"),
+    ("kl_clip", 0.0, ValueError, r"kl_clip=0\.0.*positive"),
+    ("lr", -1.0, ValueError, r"lr=-1\.0.*not negative"),
+    ("lr", float("inf"), ValueError, r"lr=inf"),
+]
+
+
+@pytest.mark.parametrize(("option", "value", "error", "words"), NONSENSE, ids=range(11))
+def test_options_of_the_preconditioner_that_are_nonsense(option, value, error, words):
+    model, data = mlp(4, 2, 3), data_for(MSE, 5)
+    with pytest.raises(error, match=words):
+        KFACPreconditioner(model, MSE, **{"lr": 0.1, "kl_clip": 1.0, option: value})
+    options = {"lr": 0.1, "kl_clip": 1.0, option: lambda t: value if t else OPTIONS[option]}
+    pre = KFACPreconditioner(model, MSE, **options)
+    MSE(model(data[0]), data[1]).backward()
+
+    def next_step():
+        pre.update(*data)
+        pre.precondition()
+
+    next_step()
+    with left_alone(model), pytest.raises(error, match=words.split(".*")[0] + r".* at step 1"):
+        next_step()
+
+
+OPTIONS = {
+    "damping": Exact(0.1),
+    "factor_every": 1,
+    "inverse_every": 1,
+    "ema": 0.5,
+    "kl_clip": 1.0,
+    "lr": 0.1,
+}
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "words"),
+    [
+        ({"kl_clip": 1e-3}, ValueError, r"kl_clip=0\.001 needs the learning rate.*lr="),
+        ({"fisher": TypeII}, TypeError, r"fisher=.*TypeII\(\)"),
+        ({"sharing": Expand}, TypeError, r"sharing=.*Expand\(\)"),
+        ({"ignore": "9"}, ValueError, r"ignore: '9' matches no"),
+        ({"loss_func": nn.L1Loss()}, NotImplementedError, r"L1Loss.*Supported"),
+        ({"model": nn.LayerNorm(3)}, NotImplementedError, r"LayerNorm.*Supported: Linear"),
+        ({"model": mlp(4, 3).requires_grad_(False)}, ValueError, r"No trainable"),
+    ],
+    ids=range(7),
+)
+def test_a_preconditioner_that_cannot_be_made(options, error, words):
+    with pytest.raises(error, match=words):
+        KFACPreconditioner(**{"model": mlp(4, 2, 3), "loss_func": MSE, **options})
+
+
+@pytest.mark.parametrize(
+    ("data", "error", "words"),
+    [
+        ((X, 3), TypeError, r"pair \(X, y\)"),
+        ((X[:0], Y[:0]), ValueError, r"is empty"),
+        ((X, Y[:4]), ValueError, r"5 data.*4"),
+        ((X, Y[:, :1]), ValueError, r"broadcast"),
+        ((X * float("inf"), Y), ValueError, r"inputs X.*NaN or inf"),
+    ],
+    ids=range(5),
+)
+def test_an_update_with_bad_data(data, error, words):
+    model = mlp(4, 2, 3)
+    pre = KFACPreconditioner(model, MSE)
+    with left_alone(model), pytest.raises(error, match=words):
+        pre.update(*data)
+    assert pre.steps == 0
+
+
+@pytest.mark.parametrize("module", [nn.Dropout(0.5), nn.BatchNorm1d(3, affine=False).double()])
+def test_an_update_with_active_dropout_or_batch_norm(module):
+    model, data = nn.Sequential(nn.Linear(4, 3), module), data_for(MSE, 5)
+    pre = KFACPreconditioner(model, MSE)
+    with left_alone(model), pytest.raises(ValueError, match=r"Layer '1'.*model\.eval\(\)"):
+        pre.update(*data)
+    with left_alone(model), pytest.raises(ValueError, match=r"Layer '1'.*model\.eval\(\)"):
+        predicted_decrease(model, MSE, data, {"0.bias": torch.ones(3)})
+    model.eval()
+    pre.update(*data)
+
+
+def test_preconditioning_too_early_or_without_gradients():
+    model, data = mlp(4, 2, 3), data_for(MSE, 5)
+    pre = KFACPreconditioner(model, MSE)
+    MSE(model(data[0]), data[1]).backward()
+    with left_alone(model), pytest.raises(ValueError, match=r"no factors yet.*update\(X, y\)"):
+        pre.precondition()
+    pre.update(*data)
+    model[2].bias.grad = None
+    with left_alone(model), pytest.raises(ValueError, match=r"Layer '2'.*alone.*requires_grad_"):
+        pre.precondition()
+    model.zero_grad()
+    with left_alone(model), pytest.raises(ValueError, match=r"No covered layer.*backward\(\)"):
+        pre.precondition()
+
+
+def test_a_model_that_changed_under_the_preconditioner():
+    model, data = mlp(4, 2, 3), data_for(MSE, 5)
+    pre = KFACPreconditioner(model, MSE)
+    model[0].bias.requires_grad_(False)
+    with left_alone(model), pytest.raises(ValueError, match=r"have changed.*Make a new one"):
+        pre.update(*data)
+    model[0].bias.requires_grad_(True)
+    model[2] = nn.Linear(2, 3)
+    with left_alone(model), pytest.raises(ValueError, match=r"have changed.*Make a new one"):
+        pre.update(*data)
+
+
+@pytest.mark.parametrize(
+    ("step", "delta", "words"),
+    [
+        ({"fc": torch.ones(3, 4)}, 0.0, r"no trainable parameter 'fc'.*0\.weight"),
+        ({"0.bias": torch.ones(4)}, 0.0, r"'0\.bias' has shape \(4,\), the parameter \(3,\)"),
+        ({"0.bias": torch.ones(3)}, -1.0, r"delta=-1\.0.*zero or more"),
+        ({"0.weight": torch.ones(3, 4)}, 0.0, r"no trainable parameter '0\.weight'"),
+    ],
+    ids=range(4),
+)
+def test_a_step_that_does_not_fit_the_model(step, delta, words):
+    model = nn.Sequential(nn.Linear(4, 3))
+    model[0].weight.requires_grad_("0.weight" not in step)
+    with left_alone(model), pytest.raises(ValueError, match=words):
+        predicted_decrease(model, MSE, data_for(MSE, 5), step, delta)

@@ -1,0 +1,274 @@
+"""The kit passes what is right, fails what is wrong, and says so without a traceback."""
+
+import copy
+
+import pytest
+import torch
+from adapters import ADAPTERS
+from torch import nn
+from wrong_kfacs import RIGHT
+
+from kfac_lib import KFAC, MonteCarlo, exact_blocks
+from kfac_lib.conformance import check_kfac
+from kfac_lib.exact_cases import exact_cases
+
+
+def factors(change):
+    """A KFAC whose factors are changed by a function of (name, A, B, case arguments)."""
+
+    def fn(model, loss_func, data, fisher, sharing):
+        kfac = KFAC.compute(model, loss_func, data, fisher, sharing)
+        return {name: change(name, K.A, K.B) for name, K in kfac.items()}
+
+    return fn
+
+
+def families(outcomes):
+    return {outcome.case.family for outcome in outcomes}
+
+
+@pytest.mark.parametrize("right", RIGHT, ids=lambda right: right.name)
+def test_a_kfac_written_from_the_formulas_alone_passes_in_every_form(right):
+    report = check_kfac(right.fn, output=right.output, order=right.order, bias=right.bias)
+    assert report.passed, report
+    assert report.explanation is None
+    assert families(report.refusals) <= {
+        "module called twice",
+        "definition",
+        "deep linear regression",
+    }
+
+
+@pytest.mark.parametrize("order", ["cvec", "rvec"])
+@pytest.mark.parametrize("bias", ["joint", "separate"])
+@pytest.mark.parametrize("output", ["factors", "dense"])
+def test_the_library_passes_and_refuses_only_the_reused_module(order, bias, output):
+    def fn(*case):
+        return KFAC.compute(*case, bias=bias)
+
+    report = check_kfac(fn, output=output, order=order, bias=bias)
+    assert report.passed, report
+    assert families(report.refusals) == {"module called twice"}
+    assert report.diagnosis == "nothing is wrong"
+
+
+@pytest.mark.parametrize("name", ADAPTERS)
+def test_the_adapters_of_other_libraries_pass(name):
+    fn, bias = ADAPTERS[name]
+    report = check_kfac(fn, bias=bias)
+    assert report.passed, report
+
+
+def test_an_exact_block_is_not_a_kfac_and_fails_where_kfac_is_an_approximation():
+    def fn(model, loss_func, data, fisher, sharing):
+        return exact_blocks(model, loss_func, data, fisher, order="rvec")
+
+    report = check_kfac(fn, output="dense", order="rvec")
+    assert "definition" in families(report.failures)
+    assert not families(report.failures) & {"one datum", "deep linear regression"}
+
+
+def test_cases_are_the_same_every_time_and_independent_of_the_global_generator():
+    torch.manual_seed(7)
+    before = torch.get_rng_state()
+    first = [outcome.error for outcome in check_kfac(KFAC.compute).outcomes]
+    assert torch.equal(torch.get_rng_state(), before)
+    torch.manual_seed(8)
+    second = [outcome.error for outcome in check_kfac(KFAC.compute).outcomes]
+    assert first == second
+    own = check_kfac(KFAC.compute, generator=torch.Generator().manual_seed(5))
+    drawn = [o.error for o in own.outcomes if isinstance(o.case.fisher, MonteCarlo)]
+    assert drawn != [o for o in first if o in drawn]
+    assert own.passed
+
+
+def test_the_default_dtype_of_the_caller_does_not_matter():
+    assert torch.get_default_dtype() == torch.float32
+    assert check_kfac(KFAC.compute).passed
+
+
+def test_what_is_refused_is_not_passed():
+    def refuses(*_):
+        raise NotImplementedError("only on Tuesdays")
+
+    report = check_kfac(refuses)
+    assert not report.passed
+    assert not report.failures
+    assert len(report.refusals) == len(exact_cases())
+    assert "only on Tuesdays" in repr(report)
+    assert report.diagnosis == "nothing was computed"
+
+    def only_regression(model, loss_func, *rest):
+        if not isinstance(loss_func, nn.MSELoss):
+            raise NotImplementedError
+        return KFAC.compute(model, loss_func, *rest)
+
+    report = check_kfac(only_regression)
+    assert report.passed
+    assert len(report.refusals) > len(exact_cases()) / 3
+
+
+def raises(*_):
+    raise KeyError("fc")
+
+
+def misses_a_layer(*case):
+    return dict(list(KFAC.compute(*case).items())[:1])
+
+
+def moves_the_weights(model, *rest):
+    with torch.no_grad():
+        next(model.parameters()).add_(1e-3)
+    return KFAC.compute(model, *rest)
+
+
+def leaves_gradients(model, loss_func, data, *rest):
+    loss_func(model(data[0]), data[1]).backward()
+    return KFAC.compute(model, loss_func, data, *rest)
+
+
+def leaves_a_hook(model, *rest):
+    model.register_forward_hook(lambda *_: None)
+    return KFAC.compute(model, *rest)
+
+
+def changes_the_mode(model, *rest):
+    return KFAC.compute(model.eval(), *rest)
+
+
+def freezes(model, *rest):
+    kfac = KFAC.compute(model, *rest)
+    next(model.parameters()).requires_grad_(False)
+    return kfac
+
+
+def changes_the_data(model, loss_func, data, *rest):
+    kfac = KFAC.compute(model, loss_func, data, *rest)
+    data[0].mul_(2)
+    return kfac
+
+
+def swaps_a_parameter(model, *rest):
+    kfac = KFAC.compute(model, *rest)
+    layer = next(m for m in model.modules() if isinstance(m, nn.Linear))
+    layer.extra = nn.Parameter(torch.ones(1))
+    return kfac
+
+
+@pytest.mark.parametrize(
+    ("fn", "message"),
+    [
+        (raises, "raised KeyError: 'fc'"),
+        (lambda *_: 1 / 0, "raised ZeroDivisionError"),
+        (lambda: None, "raised TypeError"),
+        (lambda *_: None, "returns a NoneType, not a mapping"),
+        (lambda *_: {}, "misses ['0', '2', '4']"),
+        (misses_a_layer, "misses ['2'"),
+        (factors(lambda n, A, B: A), "is a Tensor, not a pair"),
+        (factors(lambda n, A, B: (A, B, B)), "is a tuple, not a pair"),
+        (factors(lambda n, A, B: (A, B.tolist())), "factor B of '0' is a list"),
+        (factors(lambda n, A, B: (A[:, :1], B)), "factor A of '0' has shape (4, 1)"),
+        (factors(lambda n, A, B: (A[0], B)), "factor A of '0' has shape (4,)"),
+        (factors(lambda n, A, B: (A / 0, B)), "factor A of '0' holds NaN or inf"),
+        (factors(lambda n, A, B: (A, B * float("nan"))), "factor B of '0' holds NaN or inf"),
+        (factors(lambda n, A, B: (A.to(torch.complex128), B)), "not a dense real tensor"),
+        (factors(lambda n, A, B: (A.to_sparse(), B)), "not a dense real tensor"),
+        (factors(lambda n, A, B: (torch.eye(2), B)), "has shape"),
+        (factors(lambda n, A, B: (torch.eye(20_000), B)), "has shape (20000, 20000)"),
+        (moves_the_weights, "changes the model: values of '0.weight'"),
+        (leaves_gradients, "changes the model: .grad of '0.weight'"),
+        (leaves_a_hook, "changes the model: _forward_hooks"),
+        (changes_the_mode, "changes the model: mode of ''"),
+        (freezes, "changes the model: requires_grad of '0.weight'"),
+        (swaps_a_parameter, "changes the model: it has other modules or parameters"),
+        (changes_the_data, "changes the data in place"),
+    ],
+    ids=lambda value: getattr(value, "__name__", None),
+)
+def test_a_bad_callable_is_reported_and_nothing_is_raised(fn, message):
+    report = check_kfac(fn)
+    assert not report.passed
+    first = report.failures[0]
+    assert message in f"{first.message}"
+    assert message[:40] in repr(report)
+    assert "Traceback" not in repr(report)
+    assert report._repr_html_().count("<tr>") == repr(report).count(" refused  ")
+
+
+def test_a_dense_callable_with_bad_blocks_is_reported():
+    for block, message in (
+        (torch.eye(3), "block '0' has shape (3, 3), not (16, 16)"),
+        (torch.ones(3, 4), "block '0' has shape (3, 4), not that of a square matrix"),
+        ([1.0], "block '0' is a list, not a tensor"),
+    ):
+        report = check_kfac(
+            lambda model, *_, block=block: {
+                n: block for n, m in model.named_modules() if isinstance(m, nn.Linear)
+            },
+            output="dense",
+        )
+        assert report.failures[0].message == message
+
+
+def test_the_model_that_the_callable_gets_is_a_copy():
+    seen = []
+
+    def spoils(model, *rest):
+        seen.append(copy.deepcopy(model))
+        return moves_the_weights(model, *rest)
+
+    check_kfac(spoils)
+    first = seen[0].state_dict()
+    check_kfac(spoils)
+    again = seen[len(seen) // 2].state_dict()
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    assert check_kfac(KFAC.compute).passed
+
+
+def test_wrong_arguments_are_errors():
+    with pytest.raises(TypeError, match="give a callable"):
+        check_kfac({"0": (1, 2)})
+    with pytest.raises(ValueError, match="output='blocks': use 'factors' or 'dense'"):
+        check_kfac(KFAC.compute, output="blocks")
+    with pytest.raises(ValueError, match="bias='none': use 'joint' or 'separate'"):
+        check_kfac(KFAC.compute, bias="none")
+    with pytest.raises(ValueError, match="order"):
+        check_kfac(KFAC.compute, order="F")
+
+
+def test_the_report_says_what_is_wrong_where_and_what_comes_next():
+    def halves_regression(model, loss_func, data, fisher, sharing):
+        kfac = KFAC.compute(model, loss_func, data, fisher, sharing)
+        half = 0.5 if isinstance(loss_func, nn.MSELoss) else 1.0
+        return {name: (half * K.A, K.B) for name, K in kfac.items()}
+
+    report = check_kfac(halves_regression)
+    assert report.explanation.hypothesis == "scale 1/2"
+    assert report.explanation.where == "only with MSELoss"
+    assert report.explanation.explained == report.explanation.wrong
+    assert report.runner_up.explained < report.explanation.explained
+    text = repr(report)
+    assert "Diagnosis: scale 1/2, only with MSELoss (explains" in text
+    assert "Runner-up: " in text
+    assert "Diagnosis:" in report._repr_html_()
+
+
+def test_none_explains_is_an_answer():
+    report = check_kfac(factors(lambda n, A, B: (A + 0.01 * torch.eye(len(A)), B)))
+    assert report.explanation is None
+    assert report.diagnosis.startswith("none explains the numbers")
+    assert not check_kfac(factors(lambda n, A, B: (1.1 * A, B))).explanation
+
+
+def test_a_constant_that_is_right_by_chance_in_one_branch_does_not_explain():
+    """N too much, but for even N alone: right blocks with odd N speak against 'scale N'."""
+
+    def fn(model, loss_func, data, fisher, sharing):
+        N = len(data[0])
+        kfac = KFAC.compute(model, loss_func, data, fisher, sharing)
+        return {n: (K.A, (N if N % 2 == 0 else 1) * K.B) for n, K in kfac.items()}
+
+    report = check_kfac(fn)
+    assert report.explanation is None
+    assert report.runner_up.hypothesis == "scale N"
+    assert "contradicted" in str(report.runner_up)
