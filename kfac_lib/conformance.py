@@ -443,6 +443,9 @@ def _explain(outcomes: Sequence[Outcome]) -> list[Explanation]:
         if hypothesis == "scale":
             counts[0] = 0
         tied = (counts == counts.max()).nonzero().flatten().tolist() if counts.max() > 0 else []
+        if all(m.block.case.is_random for m in wrong):
+            # The noise of draws leaves room for far-fetched constants.
+            tied = [i for i in tied if SCALES[i].complexity <= 2]
         tied.sort(key=lambda i: (SCALES[i].complexity, len(SCALES[i].powers)))
         guesses += [_Guess(hypothesis, (variant,), i, int(counts[i])) for i in tied[:4]]
     for hypothesis in dict.fromkeys(name for name, _ in names):

@@ -403,7 +403,7 @@ def _vectors(case: ExactCase, name: str) -> Tensor | None:
         return at_each.sum(0) if classes_last else at_each.flatten(1, -f.ndim - 1).sum(1)
     if not isinstance(case.loss_func, nn.CrossEntropyLoss) or isinstance(case.fisher, Empirical):
         return None
-    return _softmax_over_data(f, name)
+    return criterion.kappa(f, y).sqrt() * _softmax_over_data(f, name)
 
 
 def _softmax_over_data(f: Tensor, name: str) -> Tensor:

@@ -255,11 +255,12 @@ def rearrange(dense: Tensor, shape: tuple[int, int], order: Order) -> Tensor:
 
 
 def nearest_kronecker(dense: Tensor, shape: tuple[int, int], order: Order) -> Kronecker:
-    """The Kronecker product that is nearest to a symmetric matrix in the Frobenius norm.
+    """The Kronecker product that is nearest to a curvature matrix in the Frobenius norm.
 
-    See :ref:`kron-nearest`. It is the leading singular triple of :func:`rearrange`; the squared
-    error that remains is the sum of the other squared singular values. The factors of a positive
-    semi-definite matrix are positive semi-definite, and get equal norms here.
+    See :ref:`kron-nearest`. Of a positive semi-definite matrix it is the leading singular triple of
+    :func:`rearrange`, with positive semi-definite factors, and the squared error that remains is
+    the sum of the other squared singular values. Of any other symmetric matrix it is the nearest
+    product with symmetric factors. Both factors get the same norm.
 
     Args:
         dense: Symmetric matrix on the flattened weight, shape (D_out · D_in, D_out · D_in).
@@ -285,8 +286,10 @@ def nearest_kronecker(dense: Tensor, shape: tuple[int, int], order: Order) -> Kr
             "The matrix is not symmetric, or holds NaN or inf. Curvature is symmetric: give "
             "(G + G.T) / 2 if the difference is rounding."
         )
-    left, singular_values, right = torch.linalg.svd(rearranged, full_matrices=False)
     D_out, D_in = shape
+    pairs = rearranged.reshape(D_in, D_in, D_out * D_out)
+    symmetric = ((pairs + pairs.transpose(0, 1)) / 2).reshape(rearranged.shape)
+    left, singular_values, right = torch.linalg.svd(symmetric, full_matrices=False)
     root = singular_values[0].sqrt()
     A, B = root * left[:, 0].reshape(D_in, D_in), root * right[0].reshape(D_out, D_out)
     sign = torch.where(A.trace() < 0, -1, 1)
