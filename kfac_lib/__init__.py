@@ -1,11 +1,12 @@
 """KFAC from scratch: the library that the book builds, one module for one idea.
 
 Read the modules in this order: flattening, autodiff, linearization, losses, fisher, curvature,
-kronecker, damping, layers, coverage, rows, capture, stream, accumulate, kfac, optim. The names
-below are the ones to import.
+kronecker, damping, layers, coverage, rows, capture, stream, accumulate, kfac, optim, exact_cases,
+hypotheses, report, conformance. The names below are the ones to import.
 """
 
 from kfac_lib.accumulate import Expand, Reduce
+from kfac_lib.conformance import check_kfac
 from kfac_lib.damping import Exact, Factored, LevenbergMarquardt, Plain
 from kfac_lib.fisher import Empirical, InputOnly, MonteCarlo, RandomSigns, TypeI, TypeII
 from kfac_lib.flattening import cvec, cvec_inverse, rvec, rvec_inverse
@@ -30,6 +31,7 @@ __all__ = [
     "Reduce",
     "TypeI",
     "TypeII",
+    "check_kfac",
     "cvec",
     "cvec_inverse",
     "exact_blocks",

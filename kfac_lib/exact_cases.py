@@ -63,14 +63,14 @@ def exact_cases() -> tuple[ExactCase, ...]:
     """All cases, always the same ones (:ref:`test-zoo`).
 
     Returns:
-        A good eighty cases. Do not change their nets; take a ``copy.deepcopy``.
+        Some ninety cases. Do not change their nets; take a ``copy.deepcopy``.
 
     Example:
         >>> cases = exact_cases()
         >>> cases[0]
         one datum: MSELoss(mean), TypeII(columns='full'), Expand(), X (1, 3)
         >>> len({case.family for case in cases})
-        12
+        13
     """
     return _all_cases()
 
