@@ -201,7 +201,8 @@ class Prediction(NamedTuple):
 
 
 HYPOTHESES = {
-    "scale": "a constant is wrong",
+    "scale": "the numbers are that constant times the right ones; look where R, 1/N, 1/S and "
+    "1/√M enter",
     "factors swapped": "A and B have changed places, or the weight is flattened in the other order "
     "(the same numbers)",
     "transposed": "a factor is X Xᵀ in place of Xᵀ X: a loop over the wrong axis",
