@@ -1,8 +1,8 @@
 """Execute the chapters again when the library changes.
 
 Reason: the key of the notebook cache is the code of the cells; it does not see ``kfac_lib``. So the
-cache lies in a folder named after a hash of the library and of the locked packages. Folders of
-former states are removed.
+cache lies in a folder named after a hash of the library, of the locked packages, and of the files
+that notebooks read. Folders of former states are removed.
 """
 
 from __future__ import annotations
@@ -20,9 +20,11 @@ CACHES = ROOT / "_build" / ".jupyter_cache"
 
 
 def state() -> str:
-    """A hash of the library and the lock file."""
-    digest = hashlib.sha256((ROOT / "requirements.lock").read_bytes())
-    for path in sorted((ROOT / "kfac_lib").rglob("*.py")):
+    """A hash of the library, the lock files, and what notebooks read from beside them."""
+    digest = hashlib.sha256()
+    beside = [*(ROOT / "book").glob("*.py"), *(ROOT / "book").glob("*.csv")]
+    locks = ROOT.glob("requirements*.lock")
+    for path in sorted([*locks, *beside, *(ROOT / "kfac_lib").rglob("*.py")]):
         digest.update(f"{path.relative_to(ROOT)}\0".encode() + path.read_bytes())
     return digest.hexdigest()[:16]
 
