@@ -166,7 +166,7 @@ class KFAC(Mapping[str, Kronecker]):
         return torch.stack([K.logdet() for K in self.values()]).sum()
 
     def precondition(self, gradients: Mapping[str, Tensor], damping: Damping) -> dict[str, Tensor]:
-        """Apply the damped inverse of every layer to its gradient (:ref:`damping`).
+        """Apply the damped inverse of every layer to its gradient (:ref:`damp-gradient`).
 
         Args:
             gradients: For each name a weight-shaped matrix (D_out, D_in [+1]), [W b] where the
