@@ -7,6 +7,9 @@ NOTEBOOKS := $(wildcard book/*.ipynb)
 export JUPYTER_PREFER_ENV_PATH := 1
 export PYDEVD_DISABLE_FILE_VALIDATION := 1
 
+# Small tensors: more threads cost more than they give, above all beside a second worker.
+book test notebooks faults: export OMP_NUM_THREADS := 1
+
 .DEFAULT_GOAL := help
 .PHONY: help install book test lab serve notebooks lint format bench faults verdicts linkcheck lock clean
 

@@ -263,15 +263,16 @@ def _predict(block: Block) -> Iterator[tuple[str, str, Tensor]]:
 
 def _transposed(block: Block, x: Tensor, g: Tensor) -> Iterator[tuple[str, str, Tensor]]:
     A, B = block.factors(x, g)
+    R, N, S = block.sizes["R"], block.sizes["N"], x.shape[1]
     data = x.flatten(0, 1)
-    over_data = data @ data.T
+    over_data = R * data @ data.T
     yield "transposed", "in A", block.dense(over_data, B)
     if len(g):
         vectors = g.flatten(0, 2)
         if len(vectors) <= 60:
-            yield "transposed", "in B", block.dense(A, vectors @ vectors.T)
+            yield "transposed", "in B", block.dense(A, vectors @ vectors.T / (N * S))
         by_datum = g.flatten(2).mean(0)
-        yield "transposed", "in A and B", block.dense(over_data, by_datum @ by_datum.T)
+        yield "transposed", "in A and B", block.dense(over_data, by_datum @ by_datum.T / (N * S))
 
 
 def _biases(block: Block, A: Tensor, B: Tensor) -> Iterator[tuple[str, str, Tensor]]:

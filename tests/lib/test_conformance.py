@@ -8,7 +8,7 @@ from adapters import ADAPTERS
 from torch import nn
 from wrong_kfacs import RIGHT
 
-from kfac_lib import KFAC, MonteCarlo, exact_blocks
+from kfac_lib import KFAC, MonteCarlo, conformance, exact_blocks
 from kfac_lib.conformance import check_kfac
 from kfac_lib.exact_cases import exact_cases
 
@@ -21,6 +21,12 @@ def factors(change):
         return {name: change(name, K.A, K.B) for name, K in kfac.items()}
 
     return fn
+
+
+@pytest.fixture
+def few_cases(monkeypatch):
+    """One case in six: enough where every case would say the same."""
+    monkeypatch.setattr(conformance, "exact_cases", lambda: exact_cases()[::6])
 
 
 def families(outcomes):
@@ -162,7 +168,7 @@ def swaps_a_parameter(model, *rest):
         (lambda *_: 1 / 0, "raised ZeroDivisionError"),
         (lambda: None, "raised TypeError"),
         (lambda *_: None, "returns a NoneType, not a mapping"),
-        (lambda *_: {}, "misses ['0', '2', '4']"),
+        (lambda *_: {}, "misses ['0', '2']"),
         (misses_a_layer, "misses ['2'"),
         (factors(lambda n, A, B: A), "is a Tensor, not a pair"),
         (factors(lambda n, A, B: (A, B, B)), "is a tuple, not a pair"),
@@ -185,7 +191,7 @@ def swaps_a_parameter(model, *rest):
     ],
     ids=lambda value: getattr(value, "__name__", None),
 )
-def test_a_bad_callable_is_reported_and_nothing_is_raised(fn, message):
+def test_a_bad_callable_is_reported_and_nothing_is_raised(few_cases, fn, message):
     report = check_kfac(fn)
     assert not report.passed
     first = report.failures[0]
@@ -195,7 +201,7 @@ def test_a_bad_callable_is_reported_and_nothing_is_raised(fn, message):
     assert report._repr_html_().count("<tr>") == 1 + len(families(report.outcomes))
 
 
-def test_a_dense_callable_with_bad_blocks_is_reported():
+def test_a_dense_callable_with_bad_blocks_is_reported(few_cases):
     for block, message in (
         (torch.eye(3), "block '0' has shape (3, 3), not (16, 16)"),
         (torch.ones(3, 4), "block '0' has shape (3, 4), not that of a square matrix"),
