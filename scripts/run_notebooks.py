@@ -41,6 +41,7 @@ def run(path: Path) -> None:
         resources={"metadata": {"path": str(path.parent)}},
         record_timing=False,
         store_widget_state=False,
+        coalesce_streams=True,
     ).execute()
     strip(notebook)
     nbformat.write(notebook, path)
