@@ -32,9 +32,9 @@ def backpropagated(loss_func, f, y, flavour, samples):
 def kfac(model, loss_func, X, y, flavour="type-II", samples=1):
     """Return {layer: (A, B)}; kron(B, A) is for the order rvec([W b])."""
     names = {m: n for n, m in model.named_modules() if type(m) is nn.Linear}
-    every = list(model.named_parameters(remove_duplicate=False))
-    if len(every) > len({p for layer in names for p in layer.parameters()}):
-        raise NotImplementedError("parameters outside Linear, or tied ones")
+    own = {p for m in names for p in m.parameters() if p.requires_grad}
+    if len(list(model.named_parameters(remove_duplicate=False))) > len(own):
+        raise NotImplementedError("parameter not in Linear, tied or frozen")
     active = str([m for m in model.modules() if m.training])
     if "Dropout" in active or "BatchNorm" in active:
         raise NotImplementedError("training mode: call model.eval()")

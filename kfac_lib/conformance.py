@@ -36,7 +36,8 @@ def check_kfac(
     See :ref:`test-kit`. The callable is run on some ninety small nets in float64, where KFAC *is*
     the curvature block or where its definition is known, each time with a fresh copy. Random
     flavours are drawn 30 times and tested in their mean. Nothing that the callable does gets out
-    of here: it is reported.
+    of here: it is reported. The model and the data must come back as they were given, without
+    gradients or hooks left on them; numbers are compared all the same.
 
     Args:
         fn: Callable ``(model, loss_func, (X, y), fisher, sharing)`` that returns a mapping from
@@ -116,48 +117,57 @@ def _run(
     generator: torch.Generator,
 ) -> Outcome:
     blocks = _blocks(case, order, joint)
-    draws = []
-    try:
-        for draw in range(DRAWS if case.is_random else 1):
-            draws.append(_call(fn, case, blocks, dense, generator, seed=draw))
-    except NotImplementedError as refusal:
-        return Outcome(case, "refused", message=str(refusal) or "not implemented")
-    except _UnusableError as problem:
-        return Outcome(case, "failed", message=str(problem))
-    except Exception as error:
-        return Outcome(case, "failed", message=f"raised {type(error).__name__}: {error}")
+    draws, notes = [], []
+    for draw in range(DRAWS if case.is_random else 1):
+        try:
+            returned, changed = _call(fn, case, generator, seed=draw)
+        except NotImplementedError as refusal:
+            return Outcome(case, "refused", message=str(refusal) or "not implemented")
+        except (Exception, SystemExit) as error:
+            return Outcome(case, "failed", message=f"raised {type(error).__name__}: {error}")
+        notes += [changed] if changed and changed not in notes else []
+        try:
+            draws.append(_all_dense(returned, blocks, dense))
+        except _UnusableError as problem:
+            return Outcome(case, "failed", message="; ".join([*notes, str(problem)]))
     measured = tuple(measure(block, [of_draw[block.key] for of_draw in draws]) for block in blocks)
     errors = [m.error for m in measured if m.error == m.error]
     shapes = [m for m in measured if m.error != m.error]
-    message = ""
     if shapes:
         found, right = tuple(shapes[0].draws[0].shape), tuple(truth(shapes[0].block).shape)
-        message = f"block {shapes[0].block.key!r} has shape {found}, not {right}"
-    status: Status = "passed" if all(m.right for m in measured) else "failed"
-    return Outcome(case, status, max(errors) if errors else None, message, measured)
+        notes.append(f"block {shapes[0].block.key!r} has shape {found}, not {right}")
+    good = all(m.right for m in measured)
+    if not good and case.is_random and all(bool((m.draws == m.draws[0]).all()) for m in measured):
+        notes.append(f"all {DRAWS} draws are the same")
+    status: Status = "failed" if notes or not good else "passed"
+    return Outcome(case, status, max(errors) if errors else None, "; ".join(notes), measured)
 
 
 def _call(
-    fn: Callable[..., Any],
-    case: ExactCase,
-    blocks: Sequence[Block],
-    dense: bool,
-    generator: torch.Generator,
-    seed: int,
-) -> dict[str, Tensor]:
+    fn: Callable[..., Any], case: ExactCase, generator: torch.Generator, seed: int
+) -> tuple[Any, str]:
+    """What the callable returns, and what it has changed that is not its own, in words."""
     model, data = copy.deepcopy(case.model), tuple(tensor.clone() for tensor in case.data)
     fisher = case.fisher
     if isinstance(fisher, MonteCarlo | RandomSigns):
         fisher = replace(fisher, generator=generator)
     before = _state(model)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        returned = fn(model, copy.deepcopy(case.loss_func), data, fisher, case.sharing)
+    dtype, grad_enabled = torch.get_default_dtype(), torch.is_grad_enabled()
+    try:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            returned = fn(model, copy.deepcopy(case.loss_func), data, fisher, case.sharing)
+    finally:
+        torch.set_default_dtype(dtype)
+        torch.set_grad_enabled(grad_enabled)
     changed = _difference(before, _state(model))
     if changed:
-        raise _UnusableError(f"changes the model: {changed}")
-    if not all(torch.equal(a, b) for a, b in zip(data, case.data, strict=True)):
-        raise _UnusableError("changes the data in place")
+        return returned, f"changes the model: {changed}"
+    same = all(torch.equal(a, b) for a, b in zip(data, case.data, strict=True))
+    return returned, "" if same else "changes the data in place"
+
+
+def _all_dense(returned: Any, blocks: Sequence[Block], dense: bool) -> dict[str, Tensor]:
     if not isinstance(returned, Mapping):
         raise _UnusableError(
             f"returns a {type(returned).__name__}, not a mapping from layer name to factors"
@@ -166,7 +176,10 @@ def _call(
     missing = [key for key in wanted if key not in returned]
     if missing:
         raise _UnusableError(f"misses {missing}; the keys are {list(map(str, returned))}")
-    return {block.key: _as_dense(returned[block.key], block, dense) for block in blocks}
+    try:
+        return {block.key: _as_dense(returned[block.key], block, dense) for block in blocks}
+    except (RuntimeError, NotImplementedError) as error:
+        raise _UnusableError(f"returns what cannot be read: {error}") from error
 
 
 def _as_dense(value: Any, block: Block, dense: bool) -> Tensor:
@@ -188,8 +201,9 @@ def _as_dense(value: Any, block: Block, dense: bool) -> Tensor:
 def _checked(matrix: object, name: str) -> Tensor:
     if not isinstance(matrix, Tensor):
         raise _UnusableError(f"{name} is a {type(matrix).__name__}, not a tensor")
-    if matrix.is_complex() or matrix.layout != torch.strided:
-        raise _UnusableError(f"{name} is not a dense real tensor ({matrix.dtype}, {matrix.layout})")
+    if matrix.is_complex() or matrix.is_meta or matrix.layout != torch.strided:
+        kind = f"{matrix.dtype}, {matrix.layout}, on {matrix.device}"
+        raise _UnusableError(f"{name} is not a dense real tensor with numbers ({kind})")
     if matrix.ndim != 2 or matrix.shape[0] != matrix.shape[1] or matrix.numel() > 250_000:
         raise _UnusableError(f"{name} has shape {tuple(matrix.shape)}, not that of a square matrix")
     matrix = matrix.detach().to("cpu", torch.float64)

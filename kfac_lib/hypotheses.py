@@ -56,6 +56,24 @@ class Scale(NamedTuple):
         divisor = f"({below})" if "·" in below else below
         return f"{above or 1}/{divisor}" if below else above or "1"
 
+    @property
+    def legend(self) -> str:
+        """What its letters stand for, such as ``" (N: data)"``; empty for numbers."""
+        meanings = [f"{a}: {meaning}" for a, meaning in LETTERS.items() if a in self.name]
+        return f" ({', '.join(meanings)})" if meanings else ""
+
+
+LETTERS = {
+    "N": "data",
+    "S": "positions that share the weight",
+    "C": "entries of one prediction",
+    "K": "entries along axis 1 of the prediction",
+    "T": "positions of the prediction",
+    "M": "samples",
+    "R": "reduction factor",
+}
+"""What the letters of a constant stand for."""
+
 
 def _scales() -> Iterator[Scale]:
     letters = "M", "T", "K", "C", "S", "N", "2"
@@ -76,7 +94,10 @@ def _scales() -> Iterator[Scale]:
 
 
 SCALES = tuple(_scales())
-"""All constants that are tried."""
+"""All constants that are tried.
+
+:meta hide-value:
+"""
 
 
 @dataclass(frozen=True)
@@ -221,7 +242,10 @@ HYPOTHESES = {
     "each needs its own",
     "float32 inside": "something is computed in float32",
 }
-"""Every hypothesis with what it means."""
+"""Every hypothesis with what it means.
+
+:meta hide-value:
+"""
 
 
 @lru_cache(maxsize=1024)

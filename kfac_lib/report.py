@@ -140,14 +140,23 @@ class Report:
         """One sentence: what is wrong, as far as the numbers tell."""
         if not self.failures:
             return "nothing is wrong" if self.passed else "nothing was computed"
-        if not any(not m.right for outcome in self.failures for m in outcome.measured):
-            return f"no numbers to explain: {self.failures[0].message}"
+        wrong = any(not m.right for outcome in self.failures for m in outcome.measured)
+        notes = Counter(outcome.message for outcome in self.failures if outcome.message)
+        note = notes.most_common(1)[0][0] if notes else ""
+        if not wrong:
+            compared = any(outcome.measured for outcome in self.failures)
+            return f"{'the numbers are right, but it ' if compared else 'no numbers: '}{note}"
+        aside = f"; also, it {note}" if note.startswith("changes") else ""
         if self.explanation is None:
             measured = [m for outcome in self.outcomes for m in outcome.measured]
             right = [m for m in measured if m.right]
             common = _branch([m for m in measured if not m.right], right)
-            return "none explains the numbers" + (f"; they are wrong {common}" if common else "")
-        return f"{self.explanation}: {self.explanation.sentence}"
+            text = "none explains the numbers" + (f"; they are wrong {common}" if common else "")
+            best = self.runner_up
+            if best and best.explained > 0.5 * best.wrong:
+                text += f"; nearest is {best}: mend it and run again if you find it"
+            return text + aside
+        return f"{self.explanation}: {self.explanation.sentence}{aside}"
 
     @property
     def summary(self) -> str:
@@ -173,12 +182,12 @@ class Report:
         return "\n".join(lines)
 
     def _repr_html_(self) -> str:
-        head = ("case", "passed", "failed", "refused", "largest relative error, or message")
-        cells = "".join(f'<th scope="col">{title}</th>' for title in head)
+        wraps = ' style="text-align: left; white-space: normal"'
+        head = "case", "passed · failed · refused", "largest relative error, or message"
+        cells = "".join(f'<th scope="col"{wraps}>{title}</th>' for title in head)
         body = "".join(
-            f'<tr><th scope="row">{escape(family)}</th>'
-            + "".join(f"<td>{number}</td>" for number in numbers)
-            + f"<td>{escape(note)}</td></tr>"
+            f'<tr><th scope="row"{wraps}>{escape(family)}</th>'
+            f"<td>{' · '.join(map(str, numbers))}</td><td{wraps}>{escape(note)}</td></tr>"
             for family, *numbers, note in self._families()
         )
         text = f"<p><strong>Diagnosis:</strong> {escape(self.diagnosis)}.</p>"
@@ -328,7 +337,7 @@ def explain(outcomes: Sequence[Outcome]) -> list[Explanation]:
         if guess.explained == len(wrong):
             where = _branch(wrong, [m for m in right if guess.contradicts(m)])
         if best is None or where is not None:
-            sentence = HYPOTHESES[guess.hypothesis]
+            sentence = HYPOTHESES[guess.hypothesis] + SCALES[guess.scale].legend
             found[guess.hypothesis] = Explanation(
                 guess.name, sentence, guess.explained, len(wrong), where
             )
@@ -434,6 +443,9 @@ def _attributes(block: Block) -> dict[str, str]:
         "layer": "in the last layer"
         if block.layer == [n for n, m in case.model.named_modules() if isinstance(m, nn.Linear)][-1]
         else "in layers before the last",
+        "first": "in the first layer"
+        if block.layer == next(n for n, m in case.model.named_modules() if isinstance(m, nn.Linear))
+        else "in layers after the first",
         "bias": "with a bias" if block.has_bias else "without bias",
         "part": f"in the block of the {block.part}",
         "family": f"in the case {case.family!r}",
@@ -464,4 +476,4 @@ def _rounded(error: float) -> str:
 
 def _shortened(message: str) -> str:
     line = " ".join(message.split())
-    return line if len(line) <= 110 else f"{line[:107]}..."
+    return line if len(line) <= 90 else f"{line[:87]}..."

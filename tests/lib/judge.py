@@ -91,17 +91,25 @@ def verdict(entry):
     return report.explanation.hypothesis if report.explanation else NONE
 
 
-def is_named(entry):
-    """Whether the kit says what is wrong, and no more than that."""
+def is_right(entry):
+    """Whether the kit says what is wrong, or that none explains what is not on its list."""
+    if entry.name not in LISTED:
+        return verdict(entry) == NONE
     found = verdict(entry) or ""
     name = found.split(" (")[0] if not found.startswith("scale") else found
     return any(name == right or name.startswith(f"{right},") for right in LISTED[entry.name])
 
 
 def rows():
-    """The table: name, fault, whether it is on the list, verdict."""
+    """The table: name, fault, whether it is on the list, verdict, whether that is right."""
     return [
-        [entry.name, entry.fault, "yes" if entry.name in LISTED else "no", verdict(entry)]
+        [
+            entry.name,
+            entry.fault,
+            "yes" if entry.name in LISTED else "no",
+            verdict(entry),
+            "yes" if is_right(entry) else "no",
+        ]
         for entry in ZOO
     ]
 
@@ -109,5 +117,5 @@ def rows():
 if __name__ == "__main__":
     with TABLE.open("w", newline="") as file:
         csv.writer(file, lineterminator="\n").writerows(
-            [["name", "fault", "listed", "verdict"], *rows()]
+            [["name", "fault", "listed", "verdict", "right"], *rows()]
         )

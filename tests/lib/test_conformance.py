@@ -216,6 +216,66 @@ def test_a_dense_callable_with_bad_blocks_is_reported(few_cases):
         assert report.failures[0].message == message
 
 
+def test_side_effects_are_reported_and_do_not_hide_the_numbers():
+    def off_by_N(model, loss_func, data, *rest):
+        kfac = leaves_gradients(model, loss_func, data, *rest)
+        return {name: (len(data[0]) * K.A, K.B) for name, K in kfac.items()}
+
+    report = check_kfac(off_by_N)
+    assert report.explanation.hypothesis == "scale N"
+    assert "(N: data)" in report.diagnosis
+    assert report.diagnosis.endswith("also, it changes the model: .grad of '0.weight'")
+    clean_numbers = check_kfac(leaves_gradients)
+    assert not clean_numbers.passed
+    assert clean_numbers.diagnosis.startswith("the numbers are right, but it changes the model")
+
+
+def test_leaving_the_program_and_settings_of_torch_stay_inside(few_cases):
+    def leaves(*_):
+        raise SystemExit(3)
+
+    assert "raised SystemExit: 3" in check_kfac(leaves).failures[0].message
+
+    def changes_settings(*case):
+        kfac = KFAC.compute(*case)
+        torch.set_default_dtype(torch.float64)
+        torch.set_grad_enabled(False)
+        return kfac
+
+    assert check_kfac(changes_settings).passed
+    assert torch.get_default_dtype() == torch.float32
+    assert torch.is_grad_enabled()
+
+
+def test_a_tensor_without_numbers_is_a_failure_and_no_refusal(few_cases):
+    report = check_kfac(factors(lambda n, A, B: (A.to("meta"), B)))
+    assert not report.refusals or families(report.refusals) == {"module called twice"}
+    assert "not a dense real tensor with numbers" in report.failures[0].message
+
+
+def test_draws_that_are_all_the_same_are_named():
+    def seeded(model, loss_func, data, fisher, sharing):
+        if isinstance(fisher, MonteCarlo):
+            fisher = MonteCarlo(fisher.samples, torch.Generator().manual_seed(0))
+        return KFAC.compute(model, loss_func, data, fisher, sharing)
+
+    report = check_kfac(seeded)
+    assert all("draws are the same" in outcome.message for outcome in report.failures)
+    assert report.failures
+
+
+def test_with_two_mistakes_the_diagnosis_names_the_one_that_explains_most():
+    def two(model, loss_func, data, fisher, sharing):
+        kfac = KFAC.compute(model, loss_func, data, fisher, sharing)
+        swap = isinstance(loss_func, nn.BCEWithLogitsLoss)
+        return {n: (K.B, K.A) if swap else (len(data[0]) * K.A, K.B) for n, K in kfac.items()}
+
+    report = check_kfac(two)
+    assert report.explanation is None
+    assert "none explains the numbers" in report.diagnosis
+    assert "nearest is scale N" in report.diagnosis
+
+
 def test_the_model_that_the_callable_gets_is_a_copy():
     seen = []
 
