@@ -11,7 +11,7 @@ export PYDEVD_DISABLE_FILE_VALIDATION := 1
 book test notebooks faults: export OMP_NUM_THREADS := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help install book test lab serve notebooks lint format bench faults verdicts linkcheck lock clean
+.PHONY: help install book test lab serve notebooks lint format bench faults mutants verdicts linkcheck lock clean
 
 help: ## list the targets
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sort | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -64,6 +64,9 @@ faults: book ## put faults in on purpose; each must turn the tests red
 
 verdicts: install ## book/wrong_kfacs.csv anew: what the kit says of wrong KFACs
 	@OMP_NUM_THREADS=1 $(BIN)/python tests/lib/judge.py
+
+mutants: install ## change the library in every small place; the share that the tests notice
+	@$(BIN)/python scripts/mutation.py
 
 linkcheck: install ## are the links to other sites alive (needs the network)
 	@$(BIN)/jupyter-book build book --config _config.yml --toc $(CURDIR)/_toc.yml --path-output _build/linkcheck --builder linkcheck

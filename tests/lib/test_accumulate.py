@@ -70,6 +70,24 @@ def test_merged_sums_are_those_of_all_data(sharing):
     for accumulator in (merged, empty):
         for found, factor in zip(accumulator.finish(MSE), expected, strict=True):
             assert relative_error(found, factor) < 1e-12
+    # as many vectors in the one as in the other
+    alike = accumulate(new, first)
+    alike.merge(accumulate(new, second))
+    for found, factor in zip(
+        alike.finish(MSE), accumulate(new, joined(first, second)).finish(MSE), strict=True
+    ):
+        assert relative_error(found, factor) < 1e-12
+
+
+def test_merging_sums_over_ignored_data_alone_changes_nothing():
+    r = rows(3)
+    nothing = LayerRows(r.x, torch.zeros_like(r.g), r.bias, Count(0, 0))
+    ignored, accumulator = (accumulate(lambda: FactorSums(Expand()), p) for p in (nothing, rows(2)))
+    before = accumulator.finish(MSE)
+    accumulator.merge(ignored)
+    assert all(map(torch.equal, accumulator.finish(MSE), before))
+    with pytest.raises(ValueError, match="No rows"):
+        ignored.finish(MSE)
 
 
 def test_merging_leaves_the_other_accumulator_as_it_was():
@@ -104,6 +122,15 @@ def test_chunks_of_vectors_count_the_data_once(sharing):
     whole, parts = (accumulate(lambda: FactorSums(sharing), *p) for p in ([r], chunks))
     for found, factor in zip(parts.finish(MSE), whole.finish(MSE), strict=True):
         assert relative_error(found, factor) < 1e-12
+
+
+@pytest.mark.parametrize("like", [{"dtype": torch.float32}, {"device": "meta"}], ids=str)
+def test_without_vectors_B_is_the_identity_in_dtype_and_device_of_the_sums(like):
+    r = LayerRows(torch.ones(5, 2, 4, **like), torch.ones(0, 5, 2, 3, **like), None, Count(5, 30))
+    A, B = accumulate(lambda: FactorSums(Expand()), r).finish(MSE)
+    assert (B.shape, B.dtype, B.device) == ((3, 3), A.dtype, A.device)
+    if A.device.type != "meta":
+        assert torch.equal(B, torch.eye(3, dtype=torch.float32))
 
 
 def test_what_does_not_add_up_is_refused():

@@ -220,7 +220,15 @@ def test_nan_and_inf_are_named_with_their_place(bad):
 
 def test_factors_that_overflow():
     model, (X, y) = mlp(4, 3).float(), data_for(MSE, 5)
-    refused(model, ValueError, r"overflow in torch\.float32", ((1e25 * X).float(), y.float()))
+    words = r"layer '0' hold NaN or inf.*overflow in torch\.float32"
+    refused(model, ValueError, words, ((1e25 * X).float(), y.float()))
+
+
+def test_finite_factors_whose_trace_overflows_are_no_mistake():
+    data = torch.full((1, 4), 1e19, dtype=torch.float32), torch.zeros(1, 3, dtype=torch.float32)
+    A = KFAC.compute(mlp(4, 3).float(), nn.MSELoss(reduction="sum"), data)["0"].A
+    assert A.isfinite().all()
+    assert A.trace().isinf()
 
 
 def test_a_generator_on_another_device():

@@ -171,6 +171,17 @@ def test_empirical_is_the_gradient_of_the_criterion(criterion):
 
 @criteria
 @positions
+def test_monte_carlo_is_the_gradient_for_each_drawn_label_with_its_sign(criterion, shape):
+    f, y = example(criterion, shape)
+    labels = criterion.sample(f, 3, torch.Generator().manual_seed(0))
+    vectors = MonteCarlo(3, torch.Generator().manual_seed(0)).vectors(criterion, f, y)
+    for label, vector in zip(labels, vectors, strict=True):
+        gradient = torch.func.grad(lambda f, label=label: criterion.value(f, label))(f)
+        assert relative_error(3**0.5 * vector, gradient) < 1e-12
+
+
+@criteria
+@positions
 @pytest.mark.parametrize("flavour", FLAVOURS, ids=repr)
 def test_shapes_and_dtype_are_those_of_the_prediction(criterion, shape, flavour):
     f, y = example(criterion, shape)
@@ -189,6 +200,16 @@ def test_shapes_and_dtype_are_those_of_the_prediction(criterion, shape, flavour)
     assert vectors.shape == (V[repr(flavour)], *f.shape)
     assert vectors.dtype == torch.float32
     assert not vectors.requires_grad
+
+
+@all_criteria
+@positions
+@pytest.mark.parametrize("flavour", FLAVOURS, ids=repr)
+def test_vectors_live_on_the_device_of_the_prediction(criterion, shape, flavour):
+    """On the device "meta", where tensors have no entries: one made elsewhere is an error."""
+    f, y = (t.to("meta") for t in example(criterion, shape))
+    assert flavour.vectors(criterion, f, y).device == f.device
+    assert criterion.counted(f, y).device == f.device
 
 
 @pytest.mark.parametrize("kind", [MonteCarlo, RandomSigns])
@@ -230,6 +251,13 @@ def test_samples_must_be_a_positive_integer(samples):
     for kind in (MonteCarlo, RandomSigns):
         with pytest.raises(ValueError, match=r"samples=.*positive integer"):
             kind(samples)
+
+
+def test_flavours_that_draw_draw_once_and_their_generator_is_no_part_of_what_they_are():
+    for kind in (MonteCarlo, RandomSigns):
+        assert kind() == kind(1) == kind(1, torch.Generator())
+        assert kind(1) != kind(2)
+        assert repr(kind(1, torch.Generator())) == f"{kind.__name__}(samples=1)"
 
 
 def test_unknown_columns_are_refused():

@@ -167,6 +167,16 @@ def test_separate_bias_cuts_the_joint_factor_and_drops_the_coupling(sharing):
         assert torch.equal(apart[f"{name}.bias"].B, B)
 
 
+def test_without_a_bias_separate_factors_are_those_of_the_weight_alone():
+    net, data = mlp(4, 2, 3, bias=False), data_for(nn.MSELoss(), 5)
+    joint, apart = (KFAC.compute(net, nn.MSELoss(), data, bias=b) for b in ("joint", "separate"))
+    assert list(apart) == ["0.weight", "2.weight"]
+    for name, K in joint.items():
+        assert K.A.shape == (net[int(name)].in_features,) * 2
+        assert torch.equal(apart[f"{name}.weight"].A, K.A)
+        assert torch.equal(apart[f"{name}.weight"].B, K.B)
+
+
 def test_a_root_layer_has_the_empty_name():
     net, data = nn.Linear(4, 3), data_for(nn.MSELoss(), 5)
     assert list(KFAC.compute(net, nn.MSELoss(), data)) == [""]
@@ -206,10 +216,17 @@ def test_repr_names_flavour_shapes_frozen_and_ignored():
     net, data = mlp(4, 2, 3, 3), data_for(nn.MSELoss(), 5)
     net[0].requires_grad_(False)
     text = repr(KFAC.compute(net, nn.MSELoss(), data, Empirical(), ignore="2.bias"))
-    for part in ("Empirical()", "Expand()", "2: A (2, 2), B (3, 3)", "4: A (4, 4)"):
-        assert part in text
-    assert "frozen: 0.weight, 0.bias" in text
-    assert "ignored: 2.bias" in text
+    assert text.splitlines() == [
+        "KFAC(Empirical(), Expand())",
+        "  2: A (2, 2), B (3, 3)",
+        "  4: A (4, 4), B (3, 3)",
+        "  frozen: 0.weight, 0.bias",
+        "  ignored: 2.bias",
+    ]
+    root = repr(KFAC.compute(nn.Linear(4, 3), nn.MSELoss(), data_for(nn.MSELoss(), 5)))
+    assert root.splitlines()[1:] == [
+        "  (root): A (5, 5), B (3, 3)", "  frozen: none", "  ignored: none"
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

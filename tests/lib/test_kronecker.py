@@ -96,6 +96,23 @@ def test_a_singular_factor_has_no_inverse_and_the_message_says_damp(K, which):
         assert torch.isfinite(Kronecker(**singular).inverse(damping).to_dense("cvec")).all()
 
 
+@pytest.mark.parametrize("which", ["A", "B"])
+def test_a_factor_whose_pivots_end_at_rounding_is_singular_though_it_has_a_root(which):
+    # Cholesky's pivots are 1 and the root of the entry; rounding of four rows is 2⁻⁵⁰.
+    at_rounding, above = (torch.diag(torch.tensor([1, 1, 1, 2.0**e])) for e in (-50, -48))
+    assert torch.linalg.cholesky_ex(at_rounding).info == 0
+    other = {"A": torch.eye(2), "B": torch.eye(2)}
+    with pytest.raises(ValueError, match=rf"Factor {which}.*singular to machine precision"):
+        Kronecker(**{**other, which: at_rounding}).inverse()
+    inverse = Kronecker(**{**other, which: above}).inverse()
+    assert getattr(inverse, which).diagonal().tolist() == [1, 1, 1, 2.0**48]
+
+
+def test_the_power_zero_is_the_identity_also_where_singular():
+    E = EigenKronecker(torch.eye(2), torch.eye(1), torch.tensor([[4.0, 0.0]]))
+    assert E.power(0).eigenvalues.tolist() == [[1, 1]]
+
+
 def test_rounding_below_zero_counts_as_zero():
     E = EigenKronecker(torch.eye(2), torch.eye(1), torch.tensor([[4.0, -1e-17]]))
     assert E.power(0.5).eigenvalues.tolist() == [[2.0, 0.0]]
