@@ -201,8 +201,8 @@ LIBRARY_FAULTS = [
            "if cover(self.model, *self._selection) != self.coverage:", "if False:", "bad_input"),
     _fault("dropout is let through", "stream", "    check_per_datum(model)\n", "", "bad_input"),
     # the kit
-    _fault("numbers that are off by half count as right", "report", "error < TOLERANCE",
-           "error < 0.5", "conformance"),
+    _fault("numbers that are off by half count as right", "report", "else error < TOLERANCE",
+           "else error < 0.5", "conformance"),
     _fault("what is refused counts as passed", "report",
            'return not self.failures and bool(self._with("passed"))', "return not self.failures",
            "conformance"),
