@@ -214,7 +214,7 @@ LIBRARY_FAULTS = [
            "conformance"),
     _fault("drawing moves torch's own generator", "conformance",
            "with torch.random.fork_rng(devices=[]):", "if True:", "conformance"),
-    _fault("errors of the callable get out", "conformance", "except Exception as error:",
+    _fault("errors of the callable get out", "conformance", "except (Exception, SystemExit) as error:",
            "except ArithmeticError as error:", "conformance"),
     _fault("the nearest product of the other order", "kronecker",
            'given = "(i o) (j p)" if check_order(order) == "cvec"',
