@@ -311,6 +311,7 @@ def test_the_report_says_what_is_wrong_where_and_what_comes_next():
     report = check_kfac(halves_regression)
     assert report.explanation.hypothesis == "scale 1/2"
     assert report.explanation.where == "only with MSELoss"
+    assert len(report.failures) > 20
     assert report.explanation.explained == report.explanation.wrong
     assert report.runner_up.explained < report.explanation.explained
     text = repr(report)
