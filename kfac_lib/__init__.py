@@ -1,21 +1,24 @@
 """KFAC from scratch: the library that the book builds, one module for one idea.
 
 Read the modules in this order: flattening, autodiff, linearization, losses, fisher, curvature,
-kronecker, damping, layers, coverage, rows, capture, stream, accumulate, kfac, optim, exact_cases,
-hypotheses, report, conformance. The names below are the ones to import.
+kronecker, damping, layers, coverage, rows, capture, tracing, stream, accumulate, kfac, ekfac,
+optim, exact_cases, hypotheses, report, conformance. The names below are the ones to import.
 """
 
 from kfac_lib.accumulate import Expand, Reduce
 from kfac_lib.conformance import check_kfac
 from kfac_lib.damping import Exact, Factored, LevenbergMarquardt, Plain
+from kfac_lib.ekfac import EKFAC
 from kfac_lib.fisher import Empirical, InputOnly, MonteCarlo, RandomSigns, TypeI, TypeII
 from kfac_lib.flattening import cvec, cvec_inverse, rvec, rvec_inverse
 from kfac_lib.kfac import KFAC, exact_blocks
-from kfac_lib.kronecker import EigenKronecker, Kronecker
+from kfac_lib.kronecker import BlockDiagonal, EigenKronecker, Kronecker, nearest_kronecker
 from kfac_lib.optim import KFACPreconditioner
 
 __all__ = [
+    "EKFAC",
     "KFAC",
+    "BlockDiagonal",
     "EigenKronecker",
     "Empirical",
     "Exact",
@@ -35,6 +38,7 @@ __all__ = [
     "cvec",
     "cvec_inverse",
     "exact_blocks",
+    "nearest_kronecker",
     "rvec",
     "rvec_inverse",
 ]

@@ -5,17 +5,18 @@ the output tensor: an activation that works in place overwrites the tensor, but 
 it. Explained in the section :ref:`kfac-rows`.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from math import isfinite
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
-from kfac_lib.layers import check_linear
+from kfac_lib.coverage import Coverage, check_per_datum, cover
+from kfac_lib.layers import Operation, check_linear
 
 
 @dataclass(frozen=True)
@@ -26,29 +27,90 @@ class Call:
 
     Args:
         name: The layer's name in the model.
-        layer: The layer.
-        x: Its input, of any shape with the datum as axis 0.
+        layer: The layer, or the operation of a traced function.
+        x: Its input, of any shape with the datum as axis 0 (but see ``before``).
         version: The input's version counter when the layer read it.
         shape: The shape of its output.
         edge: Where the output enters the graph; usable as input of :func:`torch.autograd.grad`.
+        before: Product of the sizes of the axes in front of the datum's, in row-major order: 1
+            where the datum is axis 0, S for inputs (S, N, D_in), or those merged as (S·N, D_in).
     """
 
     name: str
-    layer: nn.Module
+    layer: nn.Module | Operation
     x: Tensor
     version: int
     shape: torch.Size
     edge: GradientEdge
+    before: int = 1
+
+
+class Source(Protocol):
+    """Runs a model and tells what its layers read and where they write (:ref:`kfac-rows`)."""
+
+    coverage: Coverage
+
+    def run(self, X: Any) -> tuple[Tensor, dict[str, list[Call]]]:
+        """Return the prediction, attached to its graph, and the calls of every layer."""
+
+
+class Hooks:
+    """The source for modules: hooks on the layers to take (:ref:`kfac-rows`).
+
+    Args:
+        model: Network; called in the mode that it is in.
+        coverage: The layers to take; all when not given.
+
+    Raises:
+        ValueError: For a model whose factors are not defined: active dropout, batch normalization
+            in training mode.
+        NotImplementedError: For a layer that is not supported.
+
+    Example:
+        >>> f, calls = Hooks(nn.Linear(2, 3)).run(torch.ones(5, 2))
+        >>> f.shape, len(calls[""])
+        (torch.Size([5, 3]), 1)
+    """
+
+    def __init__(self, model: nn.Module, coverage: Coverage | None = None) -> None:
+        self.model = model
+        self.coverage = cover(model) if coverage is None else coverage
+
+    def run(self, X: Any) -> tuple[Tensor, dict[str, list[Call]]]:
+        """Return the prediction, attached to its graph, and the calls of every layer.
+
+        Raises:
+            ValueError: If a layer did not run, or what it read was overwritten, or under autocast.
+            NotImplementedError: If a weight is used outside of its layer.
+        """
+        devices = {p.device.type for p in self.model.parameters()}
+        if any(torch.is_autocast_enabled(kind) for kind in devices):
+            raise ValueError(
+                "Under autocast a layer's inputs and gradients have different dtypes. Leave "
+                "torch.autocast() first, or convert the model, as in model.bfloat16()."
+            )
+        check_per_datum(self.model)
+        layers: dict[str, Sequence[nn.Module]] = {
+            name: [layer, *self.coverage.twins.get(name, ())]
+            for name, layer in self.coverage.layers.items()
+            if isinstance(layer, nn.Module)
+        }
+        with torch.enable_grad(), capture(layers) as calls:
+            f = require_graph(self.model(X))
+        check_calls(calls, f)
+        return f, calls
 
 
 @contextmanager
-def capture(layers: Mapping[str, nn.Module]) -> Iterator[dict[str, list[Call]]]:
+def capture(
+    layers: Mapping[str, nn.Module | Sequence[nn.Module]],
+) -> Iterator[dict[str, list[Call]]]:
     """Record every call of the layers while the context is open (:ref:`kfac-rows`).
 
     All hooks are gone when the context is left, whatever the reason.
 
     Args:
-        layers: The layers by name.
+        layers: The layers by name; several under one name where they hold the same weight.
 
     Yields:
         For each layer the list of its calls, filled as the model runs.
@@ -87,7 +149,12 @@ def capture(layers: Mapping[str, nn.Module]) -> Iterator[dict[str, list[Call]]]:
         return z.clone() if z._is_view() else None
 
     with ExitStack() as stack:
-        for name, layer in layers.items():
+        named = [
+            (name, layer)
+            for name, given in layers.items()
+            for layer in ([given] if isinstance(given, nn.Module) else given)
+        ]
+        for name, layer in named:
 
             def hook(
                 layer: nn.Module, args: Any, kwargs: Any, z: Any, *, name: str = name
@@ -110,7 +177,7 @@ def check_calls(calls: Mapping[str, list[Call]], f: Tensor) -> None:
     Raises:
         ValueError: If a layer did not run, if what it read was overwritten, or if its axis 0 is
             not that of the prediction.
-        NotImplementedError: If a layer ran more than once, or its weight is used outside of it.
+        NotImplementedError: If a layer's weight is used outside of it.
 
     Example:
         >>> net = nn.Sequential(nn.Linear(2, 3), nn.ReLU(inplace=True))
@@ -126,30 +193,29 @@ def check_calls(calls: Mapping[str, list[Call]], f: Tensor) -> None:
                 f"Layer {name!r} did not run in the forward pass, so it has no factors (modules "
                 f"that use a layer's weight without calling it look like this). {drop}"
             )
-        layer = of_layer[0].layer
-        if len(of_layer) > 1:
-            raise NotImplementedError(
-                f"Layer {name!r} ({type(layer).__name__}) ran {len(of_layer)} times in one forward "
-                f"pass. A reused layer is not supported. {drop}"
-            )
-        for leaf, parameter in layer.named_parameters(recurse=False):
-            if parameter.requires_grad and uses.get(id(parameter), 0) > 1:
-                raise NotImplementedError(
-                    f"The {leaf} of layer {name!r} is used {uses[id(parameter)]} times on the way "
-                    f"to the prediction, but its layer ran once. {drop}"
+        for layer in {id(call.layer): call.layer for call in of_layer}.values():
+            assert isinstance(layer, nn.Module)
+            for leaf, parameter in layer.named_parameters(recurse=False):
+                if parameter.requires_grad and uses.get(id(parameter), 0) > len(of_layer):
+                    times = "once" if len(of_layer) == 1 else f"{len(of_layer)} times"
+                    raise NotImplementedError(
+                        f"The {leaf} of layer {name!r} is used {uses[id(parameter)]} times on the "
+                        f"way to the prediction, but its layer ran {times}. {drop}"
+                    )
+        for call in of_layer:
+            if call.x._version != call.version:
+                raise ValueError(
+                    f"The input of layer {name!r} was overwritten in place after the layer had "
+                    "read it (as in x += layer(x)), so its factors would be wrong. Write "
+                    "x = x + layer(x)."
                 )
-        call = of_layer[0]
-        if call.x._version != call.version:
-            raise ValueError(
-                f"The input of layer {name!r} was overwritten in place after the layer had read "
-                "it (as in x += layer(x)), so its factors would be wrong. Write x = x + layer(x)."
-            )
-        if call.x.shape[:1] != f.shape[:1]:
-            raise ValueError(
-                f"Layer {name!r} got an input of shape {tuple(call.x.shape)}, but the prediction "
-                f"has {f.shape[0]} data (shape {tuple(f.shape)}). Axis 0 must be the datum in "
-                "both: keep shared axes apart, as (N, S, D), instead of merging them into N."
-            )
+            if call.x.shape[:1] != f.shape[:1]:
+                raise ValueError(
+                    f"Layer {name!r} got an input of shape {tuple(call.x.shape)}, but the "
+                    f"prediction has {f.shape[0]} data (shape {tuple(f.shape)}). Axis 0 must be "
+                    "the datum in both: keep shared axes apart, as (N, S, D), instead of merging "
+                    "them into N."
+                )
 
 
 def _uses_in_graph(f: Tensor) -> dict[int, int]:

@@ -1,16 +1,24 @@
 """Which parameters a computation covers: nothing is left out silently.
 
-Names select layers and parameters by :mod:`fnmatch` patterns. Explained in the section
-:ref:`kfac-rows`.
+Names select layers and parameters by :mod:`fnmatch` patterns; a parameter that is tied goes by any
+of its names. Explained in the section :ref:`kfac-rows`.
 """
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 
 from torch import nn
 
-from kfac_lib.layers import is_supported, supported
+from kfac_lib.layers import (
+    Operation,
+    check_options,
+    groups_of,
+    is_supported,
+    kind_of,
+    lookup_of,
+    supported,
+)
 
 
 @dataclass(frozen=True)
@@ -18,16 +26,27 @@ class Coverage:
     """The layers to take, and the parameters left out, by name (:ref:`kfac-rows`).
 
     Args:
-        layers: The layers to take, in the model's order.
+        layers: The layers to take, in the model's order; or the operations of a traced function.
         biases: Names of those whose bias is covered too.
         frozen: Parameters that do not require grad.
         ignored: Trainable parameters that the caller leaves out.
+        twins: Further layers that hold the same weight as one of the layers.
+        parameters: For each key of a traced function the names of weight and bias (None without
+            a bias), where they are not ``key.weight`` and ``key.bias``.
     """
 
-    layers: dict[str, nn.Module]
+    layers: dict[str, nn.Module | Operation]
     biases: frozenset[str]
     frozen: tuple[str, ...]
     ignored: tuple[str, ...]
+    twins: dict[str, tuple[nn.Module, ...]] = field(default_factory=dict)
+    parameters: dict[str, tuple[str, str | None]] = field(default_factory=dict)
+
+    def names(self, layer: str) -> tuple[str, str | None]:
+        """Return the names of a layer's weight and bias, None where no bias is covered."""
+        prefix = f"{layer}." if layer else ""
+        bias = f"{prefix}bias" if layer in self.biases else None
+        return self.parameters.get(layer, (f"{prefix}weight", bias))
 
 
 def cover(
@@ -51,7 +70,7 @@ def cover(
         ValueError: If a pattern matches nothing, something is named in both, nothing is left, or
             a bias is to be covered without its weight.
         NotImplementedError: If a trainable parameter that is not left out belongs to no supported
-            layer, or to two layers at once.
+            layer, or is tied in a way that is not: in transposed roles, or with other biases.
 
     Example:
         >>> net = nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 1))
@@ -62,9 +81,13 @@ def cover(
         raise TypeError(f"The model is a {type(model).__name__}; give a torch.nn.Module.")
     modules = dict(model.named_modules(remove_duplicate=False))
     parameters = dict(model.named_parameters(remove_duplicate=False))
+    names_of: dict[int, list[str]] = {}
+    for name, parameter in parameters.items():
+        names_of.setdefault(id(parameter), []).append(name)
     taken = set(parameters) if layers is None else set()
     for pattern in [] if layers is None else _as_list(layers):
         asked = _matching([pattern], "layers", parameters)
+        asked = {alias for name in asked for alias in names_of[id(parameters[name])]}
         taken |= asked
         if not any(parameters[name].requires_grad for name in asked):
             raise ValueError(
@@ -72,6 +95,7 @@ def cover(
                 "Call requires_grad_() on them, or leave the pattern out."
             )
     ignored = _matching(_as_list(ignore), "ignore", parameters)
+    ignored = {alias for name in ignored for alias in names_of[id(parameters[name])]}
     both = sorted(taken & ignored) if layers is not None else []
     if both:
         raise ValueError(f"Named in both layers and ignore: {', '.join(both)}. Name each in one.")
@@ -94,21 +118,17 @@ def cover(
         }
         paste = list(dict.fromkeys(_owner(n) if _owner(n) in whole else n for n in unsupported))
         what = f"layer {owner!r}" if owner else "the model's own parameter"
+        trace = (
+            "Its projections call no module; trace the model instead, with "
+            "params=dict(model.named_parameters()). Or pass"
+        )
+        attention = isinstance(modules[owner], nn.MultiheadAttention)
         raise NotImplementedError(
             f"KFAC does not support {what} ({type(modules[owner]).__name__}), which holds the "
-            f"trainable parameter {first!r}. Supported: {supported()}. Pass "
-            f"ignore={_paste(paste)} to leave out what is not supported."
+            f"trainable parameter {first!r}. Supported: {supported()}. "
+            f"{trace if attention else 'Pass'} ignore={_paste(paste)} to leave out what is not "
+            "supported."
         )
-    holders: dict[int, list[str]] = {}
-    for name, parameter in parameters.items():
-        holders.setdefault(id(parameter), []).append(name)
-    for name in wanted:
-        shared = holders[id(parameters[name])]
-        if len(shared) > 1:
-            raise NotImplementedError(
-                f"The parameters {', '.join(shared)} are one and the same (tied). KFAC of a tied "
-                f"weight is not the sum of the parts; pass ignore={_paste(shared)} to leave it out."
-            )
     weights = [n for n in wanted if n.rpartition(".")[2] == "weight"]
     biases = [n for n in wanted if n.rpartition(".")[2] == "bias"]
     alone = [n for n in biases if _sibling(n, "weight") not in weights]
@@ -117,12 +137,68 @@ def cover(
             f"{', '.join(alone)}: trainable, but its weight is frozen or left out. A bias is "
             f"covered with its weight only; pass ignore={_paste(alone)} to leave it out."
         )
+    found: dict[str, nn.Module | Operation] = {}
+    twins: dict[str, tuple[nn.Module, ...]] = {}
+    for name in weights:
+        aliases = names_of[id(parameters[name])]
+        if name != aliases[0]:
+            continue
+        owners = {id(modules[_owner(n)]): _owner(n) for n in reversed(aliases)}
+        layers_of = {owner: modules[owner] for owner in reversed(owners.values())}
+        if len(layers_of) > 1:
+            _check_tied(layers_of, parameters, set(map(_owner, biases)))
+            twins[_owner(name)] = tuple(layers_of.values())[1:]
+        check_options(_owner(name), modules[_owner(name)])
+        found[_owner(name)] = modules[_owner(name)]
+    for name in biases:
+        owners_of_bias = {id(modules[_owner(n)]) for n in names_of[id(parameters[name])]}
+        weight_names = names_of[id(parameters[_sibling(name, "weight")])]
+        if owners_of_bias != {id(modules[_owner(n)]) for n in weight_names}:
+            tied = names_of[id(parameters[name])]
+            raise NotImplementedError(
+                f"The parameters {', '.join(tied)} are one and the same bias (tied), but their "
+                f"weights are not. Pass ignore={_paste(tied)} to leave it out."
+            )
     return Coverage(
-        layers={_owner(n): modules[_owner(n)] for n in weights},
-        biases=frozenset(_owner(n) for n in biases),
+        layers=found,
+        biases=frozenset(_owner(n) for n in biases if _owner(n) in found),
         frozen=tuple(frozen),
         ignored=tuple(n for n in parameters if n not in wanted and n not in frozen),
+        twins=twins,
     )
+
+
+def _check_tied(
+    layers: dict[str, nn.Module], parameters: dict[str, nn.Parameter], with_bias: set[str]
+) -> None:
+    """Refuse layers with one weight whose rows do not join along S."""
+    names = list(layers)
+    first = layers[names[0]]
+    tied = [f"{name}.weight" if name else "weight" for name in names]
+    what = f"The parameters {', '.join(tied)} are one and the same (tied)"
+    for layer in layers.values():
+        if kind_of(layer) is not kind_of(first) or groups_of(layer) != groups_of(first):
+            kinds = ", ".join(f"{n} ({type(m).__name__})" for n, m in layers.items())
+            roles = " (an Embedding looks up columns of what a Linear multiplies)"
+            raise NotImplementedError(
+                f"{what}, in layers of different kinds: {kinds}. Inputs of one are not inputs of "
+                f"the other{roles if any(map(lookup_of, layers.values())) else ''}, so they have "
+                f"no factors in common. Pass ignore={_paste(tied)} to leave it out."
+            )
+        if lookup_of(layer) != lookup_of(first):
+            raise NotImplementedError(
+                f"{what}, with different padding_idx. Give both the same, or pass "
+                f"ignore={_paste(tied)} to leave it out."
+            )
+    biases = {
+        id(parameters[f"{n}.bias" if n else "bias"]) if n in with_bias else None for n in names
+    }
+    if len(biases) > 1:
+        own = [f"{n}.bias" if n else "bias" for n in names if n in with_bias]
+        raise NotImplementedError(
+            f"{what}, but the biases of their layers differ, so [W b] is not one matrix. Pass "
+            f"ignore={_paste(own)} to leave the biases out, or ignore={_paste(tied)}."
+        )
 
 
 def check_per_datum(model: nn.Module) -> None:

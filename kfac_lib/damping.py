@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kfac_lib.kronecker import Damping, EigenKronecker, Kronecker
+from kfac_lib.kronecker import Damping, EigenKronecker, Element, Kronecker
 
 
 @dataclass(frozen=True)
@@ -75,15 +75,16 @@ class Factored(_Delta):
         (0.1667, 0.6667)
     """
 
-    def inverse(self, kronecker: Kronecker) -> Kronecker:
+    def inverse(self, kronecker: Kronecker | EigenKronecker) -> Kronecker:
         """Return the damped inverse, a Kronecker product.
 
         Raises:
             ValueError: If a factor holds NaN or inf, or is singular even when damped.
+            TypeError: If the element has no two factors, as that of EKFAC.
         """
-        _check_finite(kronecker)
-        A, B = kronecker.A, kronecker.B
-        mean_A, mean_B = A.trace() / len(A), B.trace() / len(B)
+        A, B = _two_factors(kronecker, self)
+        mean_A = (A if A.ndim == 1 else A.diagonal()).sum() / len(A)
+        mean_B = B.trace() / len(B)
         usable = (mean_A > 0) & (mean_B > 0)
         # The roots first: the quotient of the means may overflow.
         pi = torch.where(usable, mean_A.sqrt() / mean_B.where(usable, 1).sqrt(), 1.0)
@@ -109,15 +110,15 @@ class Plain(_Delta):
         (0.5, 0.5)
     """
 
-    def inverse(self, kronecker: Kronecker) -> Kronecker:
+    def inverse(self, kronecker: Kronecker | EigenKronecker) -> Kronecker:
         """Return the damped inverse, a Kronecker product.
 
         Raises:
             ValueError: If a factor holds NaN or inf, or is singular even when damped.
+            TypeError: If the element has no two factors, as that of EKFAC.
         """
-        _check_finite(kronecker)
-        A, B = _shift(kronecker.A, self.delta), _shift(kronecker.B, self.delta)
-        return Kronecker(A, B).inverse()  # type: ignore[return-value]
+        A, B = _two_factors(kronecker, self)
+        return Kronecker(_shift(A, self.delta), _shift(B, self.delta)).inverse()  # type: ignore[return-value]
 
 
 class LevenbergMarquardt:
@@ -181,7 +182,7 @@ class LevenbergMarquardt:
         """The present δ."""
         return self.damping.delta
 
-    def inverse(self, kronecker: Kronecker) -> Kronecker | EigenKronecker:
+    def inverse(self, kronecker: Kronecker | EigenKronecker) -> Kronecker | EigenKronecker:
         """Return the damped inverse, with the present δ."""
         return self.damping.inverse(kronecker)
 
@@ -245,18 +246,17 @@ class LevenbergMarquardt:
             )
 
 
-def layer_inverse(
-    name: str, kronecker: Kronecker | EigenKronecker, damping: Damping
-) -> Kronecker | EigenKronecker:
+def layer_inverse(name: str, element: Element, damping: Damping) -> Element:
     """The damped inverse of one layer's element; an error names the layer (:ref:`damping`).
 
     Args:
         name: The layer's name.
-        kronecker: Its element; decomposed only where the damping takes that, as :class:`Exact`.
+        element: Its element; decomposed only where the damping takes that, as :class:`Exact`.
         damping: How to damp.
 
     Raises:
         ValueError: If there is no inverse; the message names layer and factor.
+        TypeError: If the damping needs two factors, and the element has none.
 
     Example:
         >>> layer_inverse("fc", Kronecker(torch.zeros(2, 2), torch.eye(3)), Factored(0.0))
@@ -264,18 +264,30 @@ def layer_inverse(
         ValueError: Layer 'fc': Factor A of shape (2, 2) is singular to machine precision, ...
     """
     try:
-        return damping.inverse(kronecker)  # type: ignore[arg-type]
+        return element.inverse(damping)
     except ValueError as error:
         raise ValueError(f"Layer {name!r}: {error}") from error
 
 
+def _two_factors(kronecker: Kronecker | EigenKronecker, damping: Damping) -> tuple[Tensor, Tensor]:
+    if not isinstance(kronecker, Kronecker):
+        raise TypeError(
+            f"{damping!r} damps two factors, but a {type(kronecker).__name__} has free "
+            "eigenvalues, not two factors. Use Exact(delta), which adds δ to each."
+        )
+    _check_finite(kronecker)
+    return kronecker.A, kronecker.B
+
+
 def _shift(factor: Tensor, delta: Tensor | float) -> Tensor:
+    if factor.ndim == 1:
+        return factor + delta
     return factor + delta * torch.eye(len(factor), dtype=factor.dtype, device=factor.device)
 
 
 def _check_finite(kronecker: Kronecker | EigenKronecker) -> None:
     for name, part in vars(kronecker).items():
-        if not bool(torch.isfinite(part).all()):
+        if part is not None and not bool(torch.isfinite(part).all()):
             raise ValueError(
                 f"Factor {name} of shape {tuple(part.shape)} holds NaN or inf, so there is no "
                 "inverse. Look at the data and parameters that it was computed from."

@@ -5,6 +5,7 @@ Explained in the chapter :ref:`kronecker`. The elements act on *weight-shaped* m
 (A ⊗ B) cvec(U) = cvec(B U Aᵀ) and (B ⊗ A) rvec(U) = rvec(B U Aᵀ).
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol, Union
 
@@ -22,7 +23,9 @@ class Damping(Protocol):
     def delta(self) -> float:
         """The multiple of the identity, δ."""
 
-    def inverse(self, kronecker: "Kronecker") -> Union["Kronecker", "EigenKronecker"]:
+    def inverse(
+        self, kronecker: Union["Kronecker", "EigenKronecker"]
+    ) -> Union["Kronecker", "EigenKronecker"]:
         """Return the damped inverse."""
 
 
@@ -31,7 +34,8 @@ class Kronecker:
     """A ⊗ B for a weight of shape (D_out, D_in), with symmetric factors (:ref:`kron-algebra`).
 
     Args:
-        A: Input-based factor, shape (D_in, D_in).
+        A: Input-based factor, shape (D_in, D_in); or its diagonal, shape (D_in,), if it is a
+            diagonal matrix, as that of an Embedding (:ref:`share-embedding`).
         B: Grad-output-based factor, shape (D_out, D_out).
 
     Raises:
@@ -50,9 +54,11 @@ class Kronecker:
 
     def __post_init__(self) -> None:
         for name, factor in (("A", self.A), ("B", self.B)):
-            if factor.ndim != 2 or factor.shape[0] != factor.shape[1]:
+            diagonal = factor.ndim == 1 and name == "A"
+            if not diagonal and (factor.ndim != 2 or factor.shape[0] != factor.shape[1]):
                 raise ValueError(
-                    f"{name} has shape {tuple(factor.shape)}: a factor is a square matrix."
+                    f"{name} has shape {tuple(factor.shape)}: a factor is a square matrix (A may "
+                    "also be given as the diagonal of a diagonal one)."
                 )
         if self.A.dtype != self.B.dtype or self.A.device != self.B.device:
             raise ValueError(
@@ -68,7 +74,7 @@ class Kronecker:
     def __matmul__(self, U: Tensor) -> Tensor:
         """Return B U Aᵀ for U of shape (..., D_out, D_in)."""
         _check_weight_shaped(U, self.shape)
-        return self.B @ U @ self.A.T
+        return self.B @ (U * self.A if self.A.ndim == 1 else U @ self.A.T)
 
     def __mul__(self, scalar: float) -> "Kronecker":
         """Return the element times a number (which goes into A)."""
@@ -89,8 +95,8 @@ class Kronecker:
             ValueError: If the order is unknown.
         """
         if check_order(order) == "cvec":
-            return torch.kron(self.A.contiguous(), self.B.contiguous())
-        return torch.kron(self.B.contiguous(), self.A.contiguous())
+            return torch.kron(_dense(self.A), self.B.contiguous())
+        return torch.kron(self.B.contiguous(), _dense(self.A))
 
     def inverse(self, damping: Damping | None = None) -> Union["Kronecker", "EigenKronecker"]:
         """Return (A ⊗ B)⁻¹, or the damped inverse that ``damping`` defines.
@@ -107,7 +113,7 @@ class Kronecker:
 
     def eigh(self) -> "EigenKronecker":
         """Return the eigendecomposition, from those of the two factors."""
-        A, Q_A = torch.linalg.eigh(self.A)
+        A, Q_A = (self.A, None) if self.A.ndim == 1 else torch.linalg.eigh(self.A)
         B, Q_B = torch.linalg.eigh(self.B)
         return EigenKronecker(Q_A, Q_B, torch.outer(B, A))
 
@@ -117,7 +123,7 @@ class Kronecker:
 
     def trace(self) -> Tensor:
         """Return tr(A) tr(B), a tensor with one entry."""
-        return self.A.trace() * self.B.trace()
+        return _diagonal(self.A).sum() * self.B.trace()
 
     def logdet(self) -> Tensor:
         """Return log det(A ⊗ B) = D_out log det A + D_in log det B; −inf where singular."""
@@ -138,7 +144,7 @@ class EigenKronecker:
     is the usual example.
 
     Args:
-        Q_A: Orthogonal matrix of shape (D_in, D_in).
+        Q_A: Orthogonal matrix of shape (D_in, D_in); None for the identity.
         Q_B: Orthogonal matrix of shape (D_out, D_out).
         eigenvalues: Weight-shaped tensor (D_out, D_in).
 
@@ -151,41 +157,62 @@ class EigenKronecker:
         [[1.0, 0.25]]
     """
 
-    Q_A: Tensor
+    Q_A: Tensor | None
     Q_B: Tensor
     eigenvalues: Tensor
 
     def __post_init__(self) -> None:
-        if tuple(self.eigenvalues.shape) != (self.Q_B.shape[0], self.Q_A.shape[0]):
+        shape = tuple(self.eigenvalues.shape)
+        D_in = shape[-1:] if self.Q_A is None else self.Q_A.shape[:1]
+        if len(shape) != 2 or shape != (len(self.Q_B), *D_in):
             raise ValueError(
-                f"eigenvalues have shape {tuple(self.eigenvalues.shape)}; Q_B and Q_A need "
-                f"{(self.Q_B.shape[0], self.Q_A.shape[0])}."
+                f"eigenvalues have shape {shape}; Q_B and Q_A need {(len(self.Q_B), *D_in)}."
             )
 
     @property
     def shape(self) -> tuple[int, int]:
         """Shape (D_out, D_in) of the matrices that this acts on."""
-        return self.Q_B.shape[0], self.Q_A.shape[0]
+        D_out, D_in = self.eigenvalues.shape
+        return D_out, D_in
 
     def __matmul__(self, U: Tensor) -> Tensor:
         """Return Q_B (λ ⊙ (Q_Bᵀ U Q_A)) Q_Aᵀ for U of shape (..., D_out, D_in)."""
         _check_weight_shaped(U, self.shape)
+        if self.Q_A is None:
+            return self.Q_B @ (self.eigenvalues * (self.Q_B.T @ U))
         return self.Q_B @ (self.eigenvalues * (self.Q_B.T @ U @ self.Q_A)) @ self.Q_A.T
 
     def to_dense(self, order: Order) -> Tensor:
         """Return the matrix on the flattened weight, of shape (D_out · D_in, D_out · D_in)."""
+        Q_A = torch.eye(self.shape[1]).to(self.Q_B) if self.Q_A is None else self.Q_A
         if check_order(order) == "cvec":
-            Q, eigenvalues = torch.kron(self.Q_A, self.Q_B), cvec(self.eigenvalues)
+            Q, eigenvalues = torch.kron(Q_A, self.Q_B), cvec(self.eigenvalues)
         else:
-            Q, eigenvalues = torch.kron(self.Q_B, self.Q_A), rvec(self.eigenvalues)
+            Q, eigenvalues = torch.kron(self.Q_B, Q_A), rvec(self.eigenvalues)
         return Q * eigenvalues @ Q.T
 
-    def inverse(self) -> "EigenKronecker":
-        """Return the inverse.
+    def __mul__(self, scalar: float) -> "EigenKronecker":
+        """Return the element times a number."""
+        return EigenKronecker(self.Q_A, self.Q_B, scalar * self.eigenvalues)
+
+    __rmul__ = __mul__
+
+    def eigh(self) -> "EigenKronecker":
+        """Return the element, which is decomposed already."""
+        return self
+
+    def inverse(self, damping: Damping | None = None) -> "EigenKronecker":
+        """Return the inverse, or the damped inverse.
+
+        Args:
+            damping: ``Exact(δ)``, which adds δ to every eigenvalue; none for the plain inverse.
 
         Raises:
-            ValueError: If an eigenvalue is not positive.
+            ValueError: If an eigenvalue is not positive and no damping is given.
+            TypeError: For a damping that needs the two factors, as ``Factored`` does.
         """
+        if damping is not None:
+            return damping.inverse(self)  # type: ignore[return-value]
         if not bool((self.eigenvalues > 0).all()):
             raise ValueError(
                 "An eigenvalue is not positive, so there is no inverse. Damp: "
@@ -218,6 +245,126 @@ class EigenKronecker:
         """Return the Frobenius norm."""
         norm: Tensor = torch.linalg.norm(self.eigenvalues)
         return norm
+
+
+@dataclass(frozen=True)
+class BlockDiagonal:
+    """One element for each group of rows of a weight, as of a grouped convolution.
+
+    See :ref:`share-groups`. Group g maps its own inputs to the g-th part of the outputs, so on
+    rvec([W b]) the matrix is blockdiag(B_g ⊗ A_g); on cvec([W b]) it is that, permuted.
+
+    Args:
+        blocks: The elements of the groups, in their order; all with the same D_in.
+
+    Raises:
+        ValueError: If there is no block, or their D_in differ.
+
+    Example:
+        >>> K = Kronecker(torch.eye(2), torch.tensor([[3.0]]))
+        >>> both = BlockDiagonal((K, 2.0 * K))
+        >>> (both @ torch.ones(2, 2)).tolist()
+        [[3.0, 3.0], [6.0, 6.0]]
+        >>> both.to_dense("cvec").diagonal().tolist()
+        [3.0, 6.0, 3.0, 6.0]
+    """
+
+    blocks: tuple[Kronecker | EigenKronecker, ...]
+
+    def __init__(self, blocks: Sequence[Kronecker | EigenKronecker]) -> None:
+        object.__setattr__(self, "blocks", tuple(blocks))
+        if len({block.shape[1] for block in self.blocks}) != 1:
+            raise ValueError(
+                f"The blocks act on matrices of shapes {[block.shape for block in self.blocks]}. "
+                "Give at least one, all with the same number of columns."
+            )
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Shape (D_out, D_in) of the matrices that this acts on; D_in of one group."""
+        return sum(block.shape[0] for block in self.blocks), self.blocks[0].shape[1]
+
+    def __matmul__(self, U: Tensor) -> Tensor:
+        """Apply each block to its rows of U, of shape (..., D_out, D_in)."""
+        _check_weight_shaped(U, self.shape)
+        parts = torch.split(U, [block.shape[0] for block in self.blocks], dim=-2)
+        return torch.cat(
+            [block @ part for block, part in zip(self.blocks, parts, strict=True)], dim=-2
+        )
+
+    def __mul__(self, scalar: float) -> "BlockDiagonal":
+        """Return the element times a number."""
+        return BlockDiagonal([scalar * block for block in self.blocks])
+
+    __rmul__ = __mul__
+
+    def to_dense(self, order: Order) -> Tensor:
+        """Return the matrix on the flattened weight, of shape (D_out · D_in, D_out · D_in).
+
+        Raises:
+            ValueError: If the order is unknown.
+        """
+        check_order(order)
+        rows: Tensor = torch.block_diag(*[block.to_dense("rvec") for block in self.blocks])  # type: ignore[no-untyped-call]
+        if order == "rvec":
+            return rows
+        o, i = self.shape
+        return einops.rearrange(rows, "(o i) (p j) -> (i o) (j p)", o=o, i=i, p=o, j=i)
+
+    def inverse(self, damping: Damping | None = None) -> "BlockDiagonal":
+        """Return the (damped) inverse, block by block.
+
+        Raises:
+            ValueError: If a block has none; the message names the group.
+        """
+        inverses = []
+        for group, block in enumerate(self.blocks):
+            try:
+                inverses.append(block.inverse(damping))
+            except ValueError as error:
+                raise ValueError(f"Group {group}: {error}") from error
+        return BlockDiagonal(inverses)
+
+    def eigh(self) -> "BlockDiagonal":
+        """Return the eigendecompositions of the blocks."""
+        return BlockDiagonal([block.eigh() for block in self.blocks])
+
+    def power(self, exponent: float) -> "BlockDiagonal":
+        """Return the matrix power, block by block; see :meth:`EigenKronecker.power`."""
+        return BlockDiagonal([block.power(exponent) for block in self.blocks])
+
+    def trace(self) -> Tensor:
+        """Return the sum of the blocks' traces."""
+        return torch.stack([block.trace() for block in self.blocks]).sum()
+
+    def logdet(self) -> Tensor:
+        """Return the sum of the blocks' log-determinants; −inf where one is singular."""
+        return torch.stack([block.logdet() for block in self.blocks]).sum()
+
+    def norm(self) -> Tensor:
+        """Return the Frobenius norm."""
+        norm: Tensor = torch.linalg.norm(torch.stack([block.norm() for block in self.blocks]))
+        return norm
+
+
+Element = Kronecker | EigenKronecker | BlockDiagonal
+"""An element of the algebra."""
+
+
+def element(A: Tensor, B: Tensor) -> Kronecker | BlockDiagonal:
+    """The element of a pair of factors, or of one pair for each group (:ref:`share-groups`).
+
+    Args:
+        A: Shape (D_in, D_in), or (D_in,) if diagonal; (G, D_in, D_in) for G groups.
+        B: Shape (D_out, D_out); (G, D_out, D_out) for G groups.
+
+    Example:
+        >>> element(torch.ones(2, 3, 3), torch.ones(2, 4, 4)).shape
+        (8, 3)
+    """
+    if B.ndim == 2:
+        return Kronecker(A, B)
+    return BlockDiagonal([Kronecker(*pair) for pair in zip(A, B, strict=True)])
 
 
 def rearrange(dense: Tensor, shape: tuple[int, int], order: Order) -> Tensor:
@@ -296,22 +443,35 @@ def nearest_kronecker(dense: Tensor, shape: tuple[int, int], order: Order) -> Kr
     return Kronecker(sign * A, sign * B)
 
 
+def _dense(factor: Tensor) -> Tensor:
+    return torch.diag(factor) if factor.ndim == 1 else factor.contiguous()
+
+
+def _diagonal(factor: Tensor) -> Tensor:
+    return factor if factor.ndim == 1 else factor.diagonal()
+
+
 def _logdet(factor: Tensor) -> Tensor:
+    if factor.ndim == 1:
+        return factor.clamp(min=0).log().sum()
     sign, value = torch.linalg.slogdet(factor)
     return torch.where(sign > 0, value, -torch.inf)
 
 
 def _spd_inverse(factor: Tensor, name: str) -> Tensor:
-    root, info = torch.linalg.cholesky_ex(factor)
+    if factor.ndim == 1:
+        root, info = factor.clamp(min=0).sqrt(), (factor <= 0).sum()
+    else:
+        root, info = torch.linalg.cholesky_ex(factor)
     # The squared pivots of a singular matrix end at the rounding of the largest, not at zero.
-    pivots = root.diagonal()
+    pivots = _diagonal(root)
     tiny = pivots.min() <= pivots.max() * (len(pivots) * torch.finfo(factor.dtype).eps) ** 0.5
     if int(info) or bool(tiny):
         raise ValueError(
             f"Factor {name} of shape {tuple(factor.shape)} is singular to machine precision, as "
             "factors of real data often are. Damp, or damp more: inverse(Exact(1e-3))."
         )
-    return torch.cholesky_inverse(root)
+    return 1 / factor if factor.ndim == 1 else torch.cholesky_inverse(root)
 
 
 def _check_weight_shaped(U: Tensor, shape: tuple[int, int]) -> None:

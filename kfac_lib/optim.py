@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from kfac_lib.accumulate import Expand, FactorSums, Sharing
 from kfac_lib.autodiff import ggnvp
+from kfac_lib.capture import Hooks
 from kfac_lib.coverage import check_per_datum, cover
 from kfac_lib.damping import Exact, LevenbergMarquardt, layer_inverse
 from kfac_lib.fisher import Fisher, TypeII, flavours
@@ -297,11 +298,10 @@ class KFACPreconditioner:
             )
         sums = {name: FactorSums(self.sharing) for name in self.coverage.layers}
         rows_of_layers = stream(
-            self.model,
+            Hooks(self.model, self.coverage),
             self.criterion,
             self.fisher,
             [(X, y)],
-            self.coverage,
             chunk_size=self.chunk_size,
         )
         for name, rows in rows_of_layers:

@@ -1,14 +1,16 @@
 """Inputs and pseudo-gradients of one layer as rows, and what can be made of them.
 
-Fast paths live behind these names: the 1 that a joint bias appends to every input is never stored.
-Explained in the section :ref:`kfac-rows`.
+Fast paths live behind these names: the 1 that a joint bias appends to every input, and the one-hot
+inputs of an Embedding, are never stored. Explained in the section :ref:`share-axis`.
 """
 
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+from kfac_lib.layers import Operation, groups_of, input_rows, lookup_of
 
 
 class Count(NamedTuple):
@@ -64,15 +66,18 @@ def gram(rows: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class LayerRows:
-    """One layer's rows for a batch and a chunk of vectors (:ref:`kfac-rows`).
+    """One layer's rows for a batch and a chunk of vectors (:ref:`share-axis`).
 
     Args:
-        x: Inputs, shape (N, S, D_in), without the appended 1.
-        g: Pseudo-gradients, shape (V, N, S, D_out).
+        x: Inputs, shape (N, S, D_in), without the appended 1; D_in counts the channels of all
+            groups, those of group 0 first.
+        g: Pseudo-gradients, shape (V, N, S, D_out), in the same order of groups.
         bias: What a joint bias appends to every row of x; 1 at first, S once the rows are
             summed. None when there is no bias.
         count: The batch's counts on its first chunk of vectors, zero on the others: what belongs
             to the data must enter once.
+        groups: Number G of groups, each with a map of its own from its D_in/G inputs to its
+            D_out/G outputs.
 
     Example:
         >>> rows = LayerRows(torch.ones(5, 7, 2), torch.ones(4, 5, 7, 3), 1.0, Count(5, 5))
@@ -86,6 +91,7 @@ class LayerRows:
     g: Tensor
     bias: float | None
     count: Count
+    groups: int = 1
 
     @property
     def S(self) -> int:
@@ -98,24 +104,238 @@ class LayerRows:
         return replace(self, x=self.x.sum(1, True), g=self.g.sum(2, True), bias=bias)
 
     def input_gram(self) -> Tensor:
-        """Return Σ_{n,s} x̃ x̃ᵀ, shape (D_in [+1], D_in [+1])."""
-        x = self.x.flatten(0, 1)
+        """Return Σ_{n,s} x̃ x̃ᵀ, shape (D_in [+1], D_in [+1]); one for each of several groups."""
+        products = _gram_of_groups(self.x, self.groups)
         if self.bias is None:
-            return gram(x)
-        D = x.shape[1]
-        joint = x.new_empty(D + 1, D + 1)
-        joint[:D, :D] = gram(x)
-        joint[D, :D] = joint[:D, D] = self.bias * x.sum(0)
-        joint[D, D] = self.bias**2 * len(x)
+            return products
+        total = self.bias * self.x.sum((0, 1))
+        total = total if self.groups == 1 else total.reshape(self.groups, -1)
+        D = products.shape[-1]
+        joint = products.new_empty(*products.shape[:-2], D + 1, D + 1)
+        joint[..., :D, :D] = products
+        joint[..., D, :D] = joint[..., :D, D] = total
+        joint[..., D, D] = self.bias**2 * self.x.shape[:2].numel()
         return joint
+
+    def output_gram(self) -> Tensor:
+        """Return Σ_{v,n,s} g gᵀ, shape (D_out, D_out); one for each of several groups."""
+        return _gram_of_groups(self.g.flatten(0, 1), self.groups)
+
+    def outer(self) -> Tensor:
+        """Return P_{n,v} = Σ_s g x̃ᵀ, shape (V, N, D_out, D_in / G [+1])."""
+        x = self.x.reshape(*self.x.shape[:-1], self.groups, -1)
+        g = self.g.reshape(*self.g.shape[:-1], self.groups, -1)
+        P = torch.einsum("vnsgo,nsgi->vngoi", g, x).flatten(2, 3)
+        if self.bias is None:
+            return P
+        return torch.cat([P, self.bias * self.g.sum(2).unsqueeze(-1)], dim=-1)
+
+    def split(self) -> list["LayerRows"]:
+        """Return the rows of each group by itself."""
+        if self.groups == 1:
+            return [self]
+        parts = zip(self.x.chunk(self.groups, -1), self.g.chunk(self.groups, -1), strict=True)
+        return [replace(self, x=x, g=g, groups=1) for x, g in parts]
+
+    def part(self, name: Literal["joint", "weight", "bias"]) -> "LayerRows":
+        """Return the rows of [W b], of the weight alone, or of the bias alone.
+
+        Raises:
+            ValueError: If there is no bias to take.
+        """
+        if name == "joint":
+            return self
+        if name == "weight":
+            return replace(self, bias=None)
+        if self.bias is None:
+            raise ValueError("The layer has no bias.")
+        ones = self.x.new_full((*self.x.shape[:2], self.groups), self.bias)
+        return replace(self, x=ones, bias=None)
+
+    def squares(self, Q_A: Tensor | None, Q_B: Tensor) -> Tensor:
+        """Return Σ_{n,v} [Q_Bᵀ P_{n,v} Q_A]² entry by entry, for a layer of one group.
+
+        See :ref:`ekfac-correction`. The rows are rotated before they meet: for S = 1 the sum is one
+        matrix product, else P is built for a few data at a time.
+
+        Args:
+            Q_A: Basis of the inputs, shape (D_in [+1], D_in [+1]); None for the identity.
+            Q_B: Basis of the outputs, shape (D_out, D_out).
+
+        Returns:
+            Tensor of shape (D_out, D_in [+1]).
+        """
+        x = self.x if self.bias is None else _with_ones(self.x, self.bias)
+        x = x if Q_A is None else x @ Q_A
+        g = self.g @ Q_B
+        if self.S == 1:
+            return g.square().sum(0)[:, 0].T @ x.square()[:, 0]
+        V, N, _, D_out = g.shape
+        size = max(1, _ENTRIES // max(1, V * D_out * x.shape[-1]))
+        total = x.new_zeros(D_out, x.shape[-1])
+        for some in range(0, N, size):
+            # (n, v o, s) (n, s i): one product for each datum, over all vectors.
+            left = g[:, some : some + size].permute(1, 0, 3, 2).flatten(1, 2)
+            P = left @ x[some : some + size]
+            total += P.view(-1, D_out, x.shape[-1]).square_().sum(0)
+        return total
+
+
+@dataclass(frozen=True)
+class TokenRows:
+    """Rows of an Embedding, whose one-hot inputs are never stored (:ref:`share-embedding`).
+
+    The methods are those of :class:`LayerRows`; under expand A is diagonal, and stays one.
+
+    Args:
+        tokens: Shape (N, S), with −1 where a token counts nothing.
+        g: Pseudo-gradients, shape (V, N, S, D_out).
+        count: As in :class:`LayerRows`.
+        num_embeddings: D_in.
+
+    Example:
+        >>> rows = TokenRows(torch.tensor([[0, 2, 2]]), torch.ones(1, 1, 3, 4), Count(1, 1), 3)
+        >>> rows.input_gram().tolist()
+        [1.0, 0.0, 2.0]
+        >>> rows.reduced().input_gram().tolist()
+        [[1.0, 0.0, 2.0], [0.0, 0.0, 0.0], [2.0, 0.0, 4.0]]
+    """
+
+    tokens: Tensor
+    g: Tensor
+    count: Count
+    num_embeddings: int
+
+    @property
+    def S(self) -> int:
+        """Number of positions that share the weight."""
+        return self.tokens.shape[1]
+
+    def reduced(self) -> LayerRows:
+        """Return the rows summed over the shared axis, with S = 1: each datum's counts."""
+        counts = self._zeros(len(self.tokens), self.num_embeddings + 1)
+        counts.scatter_add_(1, self.tokens + 1, counts.new_ones(self.tokens.shape))
+        return LayerRows(counts[:, None, 1:], self.g.sum(2, True), None, self.count)
+
+    def input_gram(self) -> Tensor:
+        """Return the diagonal of Σ_{n,s} x xᵀ, the counts, shape (D_in,)."""
+        return torch.bincount(self.tokens.flatten() + 1, minlength=self.num_embeddings + 1)[1:].to(
+            self.g.dtype
+        )
 
     def output_gram(self) -> Tensor:
         """Return Σ_{v,n,s} g gᵀ, shape (D_out, D_out)."""
         return gram(self.g.flatten(0, 2))
 
     def outer(self) -> Tensor:
-        """Return P_{n,v} = Σ_s g x̃ᵀ, shape (V, N, D_out, D_in [+1])."""
-        P = torch.einsum("vnso,nsi->vnoi", self.g, self.x)
-        if self.bias is None:
-            return P
-        return torch.cat([P, self.bias * self.g.sum(2).unsqueeze(-1)], dim=-1)
+        """Return P_{n,v} = Σ_s g xᵀ, shape (V, N, D_out, D_in)."""
+        V, N, _, D_out = self.g.shape
+        P = self._zeros(V, N * (self.num_embeddings + 1), D_out)
+        datum = torch.arange(N, device=self.g.device)[:, None] * (self.num_embeddings + 1)
+        P.index_add_(1, (datum + self.tokens + 1).flatten(), self.g.flatten(1, 2))
+        return P.view(V, N, -1, D_out)[:, :, 1:].transpose(2, 3)
+
+    def split(self) -> list["TokenRows"]:
+        """Return the rows as they are: an Embedding has one group."""
+        return [self]
+
+    def part(self, name: Literal["joint", "weight", "bias"]) -> "TokenRows":
+        """Return the rows as they are: an Embedding has no bias.
+
+        Raises:
+            ValueError: If the bias is asked for.
+        """
+        if name == "bias":
+            raise ValueError("An Embedding has no bias.")
+        return self
+
+    def squares(self, Q_A: Tensor | None, Q_B: Tensor) -> Tensor:
+        """Return Σ_{n,v} [Q_Bᵀ P_{n,v} Q_A]², shape (D_out, D_in); see :meth:`LayerRows.squares`.
+
+        In the basis of the tokens themselves only the columns of tokens that a datum holds are
+        built.
+        """
+        if Q_A is not None:
+            x = torch.cat([Q_A.new_zeros(1, Q_A.shape[1]), Q_A])[self.tokens + 1]
+            return LayerRows(x, self.g, None, self.count).squares(None, Q_B)
+        V, N, _, D_out = self.g.shape
+        size = self.num_embeddings + 1
+        datum = torch.arange(N, device=self.g.device)[:, None] * size
+        held, place = torch.unique(datum + self.tokens + 1, return_inverse=True)
+        P = self._zeros(V, len(held), D_out).index_add_(
+            1, place.flatten(), (self.g @ Q_B).flatten(1, 2)
+        )
+        total = self._zeros(size, D_out).index_add_(0, held % size, P.square_().sum(0))
+        return total[1:].T
+
+    def _zeros(self, *shape: int) -> Tensor:
+        return self.g.new_zeros(shape)
+
+
+Rows = LayerRows | TokenRows
+"""What a source yields of one layer."""
+
+
+def make_rows(
+    layer: nn.Module | Operation, x: Tensor, g: Tensor, bias: float | None, count: Count
+) -> Rows:
+    """The rows of one layer, in the form that suits it (:ref:`share-axis`).
+
+    Args:
+        layer: A supported layer, or an operation.
+        x: What :func:`stored_input` returned.
+        g: Pseudo-gradients, shape (V, N, S, D_out).
+        bias: 1 where a joint bias is covered, else None.
+        count: The counts.
+
+    Example:
+        >>> x, g = torch.ones(5, 1, 2), torch.ones(1, 5, 1, 3)
+        >>> make_rows(nn.Linear(2, 3), x, g, 1.0, Count(5, 5)).input_gram().shape
+        torch.Size([3, 3])
+    """
+    lookup = lookup_of(layer)
+    if lookup is not None:
+        return TokenRows(x, g, count, lookup.num_embeddings)
+    return LayerRows(x, g, bias, count, groups_of(layer))
+
+
+def stored_input(layer: nn.Module | Operation, x: Tensor) -> Tensor:
+    """What of a layer's input is kept for its rows (:ref:`share-axis`).
+
+    Args:
+        layer: A supported layer, or an operation.
+        x: Its input; axis 0 is the datum.
+
+    Returns:
+        The rows, shape (N, S, D_in), or for an Embedding the tokens, shape (N, S).
+
+    Example:
+        >>> stored_input(nn.Embedding(9, 2, padding_idx=0), torch.tensor([[3, 0]])).tolist()
+        [[3, -1]]
+    """
+    lookup = lookup_of(layer)
+    return input_rows(layer, x) if lookup is None else lookup.tokens(x)
+
+
+def _gram_of_groups(rows: Tensor, groups: int) -> Tensor:
+    """Σ rows rowsᵀ over the first two axes of (N, S, G · D): (D, D), or (G, D, D) for G > 1."""
+    if groups == 1:
+        return _gram(rows)
+    parts = rows.reshape(rows.shape[:2].numel(), groups, -1).transpose(0, 1)
+    return torch.bmm(parts.transpose(1, 2), parts)
+
+
+def _gram(rows: Tensor) -> Tensor:
+    """Σ rows rowsᵀ over the first two axes of (N, S, D), without copying a transposed view."""
+    transposed = rows.transpose(1, 2)
+    if rows.is_contiguous() or not transposed.is_contiguous():
+        return gram(rows.flatten(0, 1))
+    return torch.bmm(transposed, rows).sum(0)
+
+
+def _with_ones(x: Tensor, bias: float) -> Tensor:
+    return torch.cat([x, x.new_full((*x.shape[:-1], 1), bias)], dim=-1)
+
+
+_ENTRIES = 2**22
+"""How many entries of P are held at a time."""

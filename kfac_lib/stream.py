@@ -9,15 +9,14 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
-from kfac_lib.capture import Call, capture, check_calls, is_finite, require_graph
-from kfac_lib.coverage import Coverage, check_per_datum
+from kfac_lib.capture import Call, Source, is_finite
 from kfac_lib.fisher import Fisher
-from kfac_lib.layers import input_rows, output_rows
+from kfac_lib.layers import lookup_of, output_rows
 from kfac_lib.losses import Criterion
-from kfac_lib.rows import Count, LayerRows
+from kfac_lib.rows import Count, Rows, make_rows, stored_input
 
 Data = Any
 """One pair (X, y), or an iterable of them. X may be whatever the model takes."""
@@ -78,25 +77,25 @@ def batches(data: Data) -> Iterator[tuple[Any, Tensor]]:
 
 
 def stream(
-    model: nn.Module,
+    source: Source,
     criterion: Criterion,
     fisher: Fisher,
     data: Data,
-    coverage: Coverage,
     *,
     chunk_size: int | None = None,
-) -> Iterator[tuple[str, LayerRows]]:
-    """Run the model over the data and yield the rows of every layer.
+) -> Iterator[tuple[str, Rows]]:
+    """Run a source over the data and yield the rows of every layer.
 
     See :ref:`kfac-pseudo-gradients`. One forward pass and ⌈V / chunk_size⌉ calls of
     :func:`torch.autograd.grad` a batch; V calls if an operation of the model cannot be batched.
+    Several calls of a layer are joined along S.
 
     Args:
-        model: Network; called in the mode that it is in.
+        source: What runs the model: :class:`~kfac_lib.capture.Hooks`, or
+            :class:`~kfac_lib.tracing.Traced`.
         criterion: The criterion.
         fisher: The flavour.
         data: One pair (X, y), or an iterable of them.
-        coverage: The layers to take.
         chunk_size: How many vectors are backpropagated at once; all when not given.
 
     Yields:
@@ -107,11 +106,11 @@ def stream(
         NotImplementedError: For a model that is not supported.
 
     Example:
-        >>> from kfac_lib.coverage import cover
+        >>> from kfac_lib.capture import Hooks
         >>> from kfac_lib.fisher import TypeII
         >>> from kfac_lib.losses import SquaredError
-        >>> net, data = nn.Linear(2, 3), (torch.ones(5, 2), torch.zeros(5, 3))
-        >>> for name, rows in stream(net, SquaredError("mean"), TypeII(), data, cover(net)):
+        >>> net, data = torch.nn.Linear(2, 3), (torch.ones(5, 2), torch.zeros(5, 3))
+        >>> for name, rows in stream(Hooks(net), SquaredError("mean"), TypeII(), data):
         ...     print(repr(name), tuple(rows.x.shape), tuple(rows.g.shape))
         '' (5, 1, 2) (3, 5, 1, 3)
     """
@@ -119,48 +118,71 @@ def stream(
         raise ValueError(f"chunk_size={chunk_size!r}: use a positive integer, or None for all.")
     if torch.is_inference_mode_enabled():
         raise ValueError("Inference mode records no graph. Leave torch.inference_mode() first.")
-    if any(torch.is_autocast_enabled(kind) for kind in {p.device.type for p in model.parameters()}):
-        raise ValueError(
-            "Under autocast a layer's inputs and gradients have different dtypes. Leave "
-            "torch.autocast() first, or convert the model, as in model.bfloat16()."
-        )
-    check_per_datum(model)
+    biases = source.coverage.biases
     for X, y in batches(data):
-        with torch.enable_grad(), capture(coverage.layers) as calls:
-            f = require_graph(model(X))
+        f, calls = source.run(X)
         if len(f) != len(y):
             raise ValueError(
                 f"The prediction has {len(f)} data, the targets {len(y)}. Axis 0 must be the datum."
             )
         criterion.check(f, y)
-        check_calls(calls, f)
         # A datum whose labels are all ignored belongs to no sum; most batches have none.
         counted = criterion.counted(f, y)
         N = int(counted.sum())
         keep = slice(None) if len(f) == N else counted
         count = Count(N, criterion.denominator(f, y))
-        single = {name: of_layer[0] for name, of_layer in calls.items()}
-        x = {name: input_rows(call.layer, call.x)[keep] for name, call in single.items()}
-        for gradients in _pseudo_gradients(f, single, fisher.vectors(criterion, f, y), chunk_size):
-            for name, g in gradients.items():
-                bias = 1.0 if name in coverage.biases else None
-                rows = output_rows(single[name].layer, g)[:, keep]
-                yield name, LayerRows(x[name], rows, bias, count)
+        x = {name: _joined_inputs(of_layer, len(f))[keep] for name, of_layer in calls.items()}
+        for gradients in _pseudo_gradients(f, calls, fisher.vectors(criterion, f, y), chunk_size):
+            for name, of_layer in gradients.items():
+                bias = 1.0 if name in biases else None
+                g = _joined_outputs(calls[name], of_layer, len(f))[:, keep]
+                yield name, make_rows(calls[name][0].layer, x[name], g, bias, count)
             count = Count(0, 0)
 
 
+def _joined_inputs(calls: list[Call], N: int) -> Tensor:
+    parts = [stored_input(call.layer, _datum_first(call, call.x, N, 0)) for call in calls]
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+
+
+def _joined_outputs(calls: list[Call], gradients: list[Tensor], N: int) -> Tensor:
+    parts = [
+        output_rows(call.layer, _datum_first(call, g, N, 1))
+        for call, g in zip(calls, gradients, strict=True)
+    ]
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
+
+
+def _datum_first(call: Call, tensor: Tensor, N: int, axis: int) -> Tensor:
+    """Move the datum to the given axis, from between others or out of merged rows."""
+    if call.before == 1 and tensor.shape[axis] == N:
+        return tensor
+    features = () if lookup_of(call.layer) and axis == 0 else tensor.shape[-1:]
+    leading = tensor.shape[axis : tensor.ndim - len(features)]
+    after = leading.numel() // (call.before * N)
+    rows = tensor.reshape(*tensor.shape[:axis], call.before, N, after, *features)
+    return rows.movedim(axis + 1, axis)
+
+
 def _pseudo_gradients(
-    f: Tensor, calls: Mapping[str, Call], vectors: Tensor, chunk_size: int | None
-) -> Iterator[dict[str, Tensor]]:
+    f: Tensor, calls: Mapping[str, list[Call]], vectors: Tensor, chunk_size: int | None
+) -> Iterator[dict[str, list[Tensor]]]:
+    """For each chunk of vectors, layer and call the gradients, in the shape of the output."""
     if len(vectors) == 0:
-        yield {name: f.new_empty(0, *call.shape) for name, call in calls.items()}
+        yield {
+            name: [f.new_empty(0, *call.shape) for call in of_layer]
+            for name, of_layer in calls.items()
+        }
     size = chunk_size or max(len(vectors), 1)
-    edges = [call.edge for call in calls.values()]
+    edges = [call.edge for of_layer in calls.values() for call in of_layer]
     for start in range(0, len(vectors), size):
         chunk = vectors[start : start + size]
-        rows = _batched_vjp(f, edges, chunk, keep=start + size < len(vectors))
-        gradients = {name: g for name, g in zip(calls, rows, strict=True) if g is not None}
-        unreached = [name for name in calls if name not in gradients]
+        found = iter(_batched_vjp(f, edges, chunk, keep=start + size < len(vectors)))
+        gradients = {
+            name: [g for _, g in zip(of_layer, found, strict=False) if g is not None]
+            for name, of_layer in calls.items()
+        }
+        unreached = [name for name in calls if len(gradients[name]) < len(calls[name])]
         if unreached:
             raise ValueError(
                 f"The prediction does not depend on layer {unreached[0]!r}: its output is "
