@@ -17,9 +17,11 @@ def table(benchmarks: list[dict[str, Any]]) -> str:
         cells = [
             f"{medians[library] / unit:.1f} "
             f"({quartiles[library][0] / unit:.1f}–{quartiles[library][1] / unit:.1f})"
+            if library in medians
+            else "–"
             for library in LIBRARIES
         ]
-        row = [f"{info['problem']}, {info['flavour']}", f"{1e3 * unit:.2f} ms", *cells]
+        row = [f"{info['problem']}, {info['work']}", f"{1e3 * unit:.2f} ms", *cells]
         lines.append("| " + " | ".join(row) + " |")
     return "\n".join(lines)
 

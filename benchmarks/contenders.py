@@ -2,17 +2,19 @@
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 import torch
-from curvlinops import KFACLinearOperator
+from curvlinops import EKFACLinearOperator, KFACLinearOperator
 from nngeometry.metrics import FIM, FIM_MonteCarlo
-from nngeometry.object import PMatKFAC
+from nngeometry.object import PMatEKFAC, PMatKFAC
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from kfac_lib import KFAC, Empirical, MonteCarlo, TypeII
+from kfac_lib import EKFAC, KFAC, Empirical, Expand, MonteCarlo, Reduce, TypeII
+from kfac_lib.kronecker import Element
 
-Factors = list[tuple[Tensor, Tensor]]
+Factors = list[tuple[Tensor, ...]]
 
 
 @dataclass
@@ -20,26 +22,50 @@ class Problem:
     """A network, its loss and one batch, in float32."""
 
     name: str
-    widths: tuple[int, ...]
-    N: int = 512
-    model: nn.Sequential = field(init=False)
+    build: Callable[[], nn.Module]
+    shape: tuple[int, ...]
+    N: int
+    classes: int = 10
+    model: nn.Module = field(init=False)
     X: Tensor = field(init=False)
     y: Tensor = field(init=False)
     loss_func: nn.Module = field(default_factory=nn.CrossEntropyLoss)
 
     def __post_init__(self) -> None:
         torch.manual_seed(0)
-        modules: list[nn.Module] = []
-        for D_in, D_out in zip(self.widths[:-1], self.widths[1:], strict=True):
-            modules += [nn.Linear(D_in, D_out), nn.ReLU()]
-        self.model = nn.Sequential(*modules[:-1])
-        self.X = torch.randn(self.N, self.widths[0])
-        self.y = torch.randint(self.widths[-1], (self.N,))
+        self.model = self.build()
+        self.X = torch.randn(self.N, *self.shape)
+        self.y = torch.randint(self.classes, (self.N,))
 
     def gradient(self) -> tuple[Tensor, ...]:
         """One gradient of the loss: the unit in which everything is measured."""
         loss = self.loss_func(self.model(self.X), self.y)
         return torch.autograd.grad(loss, list(self.model.parameters()))
+
+
+def mlp(*widths: int) -> nn.Module:
+    modules: list[nn.Module] = []
+    for D_in, D_out in pairwise(widths):
+        modules += [nn.Linear(D_in, D_out), nn.ReLU()]
+    return nn.Sequential(*modules[:-1])
+
+
+def cnn() -> nn.Module:
+    return nn.Sequential(
+        *(nn.Conv2d(1, 16, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2)),
+        *(nn.Conv2d(16, 32, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2)),
+        *(nn.Flatten(), nn.Linear(32 * 7 * 7, 10)),
+    )
+
+
+class MeanOverTokens(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.mean(1)
+
+
+def tokens() -> nn.Module:
+    body = (nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU())
+    return nn.Sequential(*body, MeanOverTokens(), nn.Linear(64, 10))
 
 
 class OneBatch(DataLoader):
@@ -52,53 +78,83 @@ class OneBatch(DataLoader):
         yield self.dataset.tensors
 
 
-def ours(problem: Problem, flavour: str) -> Callable[[], Factors]:
-    fisher = {"type-II": TypeII(), "Monte Carlo": MonteCarlo(1), "empirical": Empirical()}[flavour]
+@dataclass(frozen=True)
+class Work:
+    """What is computed: a flavour, a sharing, KFAC or EKFAC."""
+
+    flavour: str = "type-II"
+    sharing: str = "expand"
+    ekfac: bool = False
+
+    def __str__(self) -> str:
+        kind = ("EKFAC, " if self.ekfac else "") + self.flavour
+        return kind if self.sharing == "expand" else f"{kind}, {self.sharing}"
+
+
+def ours(problem: Problem, work: Work) -> Callable[[], Factors]:
+    fisher = {"type-II": TypeII(), "Monte Carlo": MonteCarlo(1), "empirical": Empirical()}
+    sharing = {"expand": Expand(), "reduce": Reduce()}[work.sharing]
+    kind = EKFAC if work.ekfac else KFAC
 
     def run() -> Factors:
         data = (problem.X, problem.y)
-        kfac = KFAC.compute(problem.model, problem.loss_func, data, fisher)
-        return [(K.A, K.B) for K in kfac.values()]
+        blocks = kind.compute(problem.model, problem.loss_func, data, fisher[work.flavour], sharing)
+        return [_parts(block) for block in blocks.values()]
 
     return run
 
 
-def curvlinops(problem: Problem, flavour: str) -> Callable[[], Factors]:
-    kind = {"type-II": "type-2", "Monte Carlo": "mc", "empirical": "empirical"}[flavour]
+def _parts(block: Element) -> tuple[Tensor, ...]:
+    return tuple(part for part in vars(block).values() if part is not None)
+
+
+def curvlinops(problem: Problem, work: Work) -> Callable[[], Factors]:
+    kind = {"type-II": "type-2", "Monte Carlo": "mc", "empirical": "empirical"}[work.flavour]
     data, parameters = [(problem.X, problem.y)], list(problem.model.parameters())
+    operator_kind = EKFACLinearOperator if work.ekfac else KFACLinearOperator
 
     def run() -> Factors:
-        operator = KFACLinearOperator(
+        operator = operator_kind(
             problem.model,
             problem.loss_func,
             parameters,
             data,
             fisher_type=kind,
+            kfac_approx=work.sharing,
             check_deterministic=False,
             separate_weight_and_bias=False,
             num_data=problem.N,
             num_per_example_loss_terms=1,
         )
         operator.compute_kronecker_factors()
+        if work.ekfac:
+            operator.compute_eigenvalue_correction()
+            return []
         A, B = operator._input_covariances, operator._gradient_covariances
         return [(A[name], B[name]) for name in A]
 
     return run
 
 
-def nngeometry(problem: Problem, flavour: str) -> Callable[[], Factors]:
+def nngeometry(problem: Problem, work: Work) -> Callable[[], Factors]:
     loader = OneBatch(problem.X, problem.y)
+    representation = PMatEKFAC if work.ekfac else PMatKFAC
 
     def per_datum_loss(X: Tensor, y: Tensor) -> Tensor:
         return nn.functional.cross_entropy(problem.model(X), y, reduction="none").unsqueeze(1)
 
     def run() -> Factors:
-        if flavour == "type-II":
-            matrix = FIM(problem.model, loader, PMatKFAC, "classif_logits")
-        elif flavour == "Monte Carlo":
-            matrix = FIM_MonteCarlo(problem.model, loader, PMatKFAC, "classif_logits")
+        if work.flavour == "type-II":
+            matrix = FIM(problem.model, loader, representation, "classif_logits")
+        elif work.flavour == "Monte Carlo":
+            matrix = FIM_MonteCarlo(problem.model, loader, representation, "classif_logits")
         else:
-            matrix = FIM(problem.model, loader, PMatKFAC, "regression", function=per_datum_loss)
+            matrix = FIM(
+                problem.model, loader, representation, "regression", function=per_datum_loss
+            )
+        if work.ekfac:
+            matrix.update_diag(loader)
+            return []
         return list(matrix.data.values())
 
     return run

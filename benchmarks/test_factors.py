@@ -1,4 +1,4 @@
-"""KFAC factors of two networks, three flavours: ours, curvlinops, nngeometry, one gradient.
+"""KFAC and EKFAC of four networks: ours, curvlinops, nngeometry, one gradient.
 
 pytest-benchmark times ours. Before each of its rounds all others run once and are timed, so the
 contenders are interleaved and see the same machine.
@@ -12,23 +12,43 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.contenders import CONTENDERS, Problem, same_products
+from benchmarks.contenders import CONTENDERS, Problem, Work, cnn, mlp, same_products, tokens
 
 ROUNDS, WARMUP = 41, 5
 PROBLEMS = {
-    "MLP 64-128-64-10": (64, 128, 64, 10),
-    "MLP 784-512-256-128-10": (784, 512, 256, 128, 10),
+    "MLP 64-128-64-10": lambda: mlp(64, 128, 64, 10),
+    "MLP 784-512-256-128-10": lambda: mlp(784, 512, 256, 128, 10),
+    "CNN 1-16-32, 28×28": cnn,
+    "64 tokens of width 64": tokens,
+}
+SHAPES = {
+    "MLP 64-128-64-10": ((64,), 512),
+    "MLP 784-512-256-128-10": ((784,), 512),
+    "CNN 1-16-32, 28×28": ((1, 28, 28), 128),
+    "64 tokens of width 64": ((64, 64), 64),
 }
 FLAVOURS = ("type-II", "Monte Carlo", "empirical")
+WORKS = [
+    *((name, Work(flavour)) for flavour in FLAVOURS for name in PROBLEMS),
+    *((name, Work(flavour, "reduce")) for flavour in FLAVOURS for name in list(PROBLEMS)[2:]),
+    *((name, Work(ekfac=True)) for name in PROBLEMS),
+]
 
 
-@pytest.mark.parametrize("name", PROBLEMS)
-@pytest.mark.parametrize("flavour", FLAVOURS)
-def test_factors(benchmark: Any, name: str, flavour: str) -> None:
+def contenders_for(name: str, work: Work) -> list[str]:
+    """nngeometry knows neither reduce nor a Linear with shared axes."""
+    known = work.sharing == "expand" and "tokens" not in name
+    return [label for label in CONTENDERS if known or label != "nngeometry"]
+
+
+@pytest.mark.parametrize(("name", "work"), WORKS, ids=str)
+def test_factors(benchmark: Any, name: str, work: Work) -> None:
     torch.set_num_threads(2)
-    problem = Problem(name, PROBLEMS[name])
-    run = {label: make(problem, flavour) for label, make in CONTENDERS.items()}
-    if flavour != "Monte Carlo":  # random labels differ between libraries
+    shape, N = SHAPES[name]
+    problem = Problem(name, PROBLEMS[name], shape, N)
+    run = {label: CONTENDERS[label](problem, work) for label in contenders_for(name, work)}
+    # Random labels differ between libraries, and so do the bases of EKFAC.
+    if work.flavour != "Monte Carlo" and not work.ekfac:
         for label, other in run.items():
             assert same_products(run["kfac_lib"](), other()) < 1e-3, f"{label} computes another"
     ours = run.pop("kfac_lib")
@@ -55,7 +75,7 @@ def test_factors(benchmark: Any, name: str, flavour: str) -> None:
     quartiles["kfac_lib"] = [benchmark.stats.stats.q1, benchmark.stats.stats.q3]
     benchmark.extra_info |= {
         "problem": name,
-        "flavour": flavour,
+        "work": str(work),
         "median_seconds": medians,
         "quartiles_seconds": quartiles,
         "threads": torch.get_num_threads(),
