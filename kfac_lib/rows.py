@@ -123,8 +123,9 @@ class LayerRows:
 
     def outer(self) -> Tensor:
         """Return P_{n,v} = Σ_s g x̃ᵀ, shape (V, N, D_out, D_in / G [+1])."""
-        x = self.x.reshape(*self.x.shape[:-1], self.groups, -1)
-        g = self.g.reshape(*self.g.shape[:-1], self.groups, -1)
+        # Sizes in full: an empty batch leaves no room for −1.
+        x = self.x.reshape(*self.x.shape[:-1], self.groups, self.x.shape[-1] // self.groups)
+        g = self.g.reshape(*self.g.shape[:-1], self.groups, self.g.shape[-1] // self.groups)
         P = torch.einsum("vnsgo,nsgi->vngoi", g, x).flatten(2, 3)
         if self.bias is None:
             return P
@@ -233,7 +234,7 @@ class TokenRows:
         P = self._zeros(V, N * (self.num_embeddings + 1), D_out)
         datum = torch.arange(N, device=self.g.device)[:, None] * (self.num_embeddings + 1)
         P.index_add_(1, (datum + self.tokens + 1).flatten(), self.g.flatten(1, 2))
-        return P.view(V, N, -1, D_out)[:, :, 1:].transpose(2, 3)
+        return P.view(V, N, self.num_embeddings + 1, D_out)[:, :, 1:].transpose(2, 3)
 
     def split(self) -> list["TokenRows"]:
         """Return the rows as they are: an Embedding has one group."""
@@ -321,7 +322,8 @@ def _gram_of_groups(rows: Tensor, groups: int) -> Tensor:
     """Σ rows rowsᵀ over the first two axes of (N, S, G · D): (D, D), or (G, D, D) for G > 1."""
     if groups == 1:
         return _gram(rows)
-    parts = rows.reshape(rows.shape[:2].numel(), groups, -1).transpose(0, 1)
+    D = rows.shape[-1] // groups
+    parts = rows.reshape(rows.shape[:2].numel(), groups, D).transpose(0, 1)
     return torch.bmm(parts.transpose(1, 2), parts)
 
 

@@ -70,7 +70,6 @@ def test_a_parameter_of_the_model_itself():
     ("run", "error", "words"),
     [
         (lambda m, x: m.b(x), ValueError, r"'a' did not run.*ignore"),
-        (lambda m, x: m.b(m.a(m.a(x))), NotImplementedError, r"'a' \(Linear\) ran 2 times.*ignore"),
         (lambda m, x: m.b(x) + 0 * m.a(x).detach()[:, :3], ValueError, r"not depend.*'a'.*ignore"),
         (
             lambda m, x: m.b(m.a(x) + x @ m.a.weight.T),
@@ -83,7 +82,7 @@ def test_a_parameter_of_the_model_itself():
         (lambda m, x: m.b(m.a(x)) / 0, ValueError, r"NaN or inf"),
         (lambda m, x: m.b(m.a(x)).repeat(2, 1), ValueError, r"10 data.*5|5.*10 data"),
     ],
-    ids=["not run", "twice", "detached", "outside", "no grad", "1d", "tuple", "inf", "length"],
+    ids=["not run", "detached", "outside", "no grad", "1d", "tuple", "inf", "length"],
 )
 def test_a_forward_pass_that_gives_no_factors(run, error, words):
     refused(Net(run), error, words)
@@ -126,13 +125,11 @@ def test_shared_positions_merged_into_the_data():
     refused(model, ValueError, r"\(10, 4\).*5 data.*\(N, S, D\)", data)
 
 
-def test_tied_weights():
+def test_tied_weights_whose_biases_differ():
     model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
     model[1].weight = model[0].weight
-    words = r'0\.weight, 1\.weight.*tied.*ignore=\["0.weight", "1.weight"\]'
+    words = r'0\.weight, 1\.weight.*tied.*biases.*ignore=\["0.bias", "1.bias"\]'
     refused(model, NotImplementedError, words, (torch.randn(5, 3), torch.randn(5, 3)))
-    reused = nn.Sequential(layer := nn.Linear(3, 3), nn.Tanh(), layer)
-    refused(reused, NotImplementedError, r"tied|2 times", (torch.randn(5, 3), torch.randn(5, 3)))
 
 
 @pytest.mark.parametrize(

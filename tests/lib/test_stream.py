@@ -6,7 +6,7 @@ from torch import nn
 from truth import To, data_for, mlp, relative_error
 
 from kfac_lib import KFAC, Empirical, Expand, MonteCarlo, Reduce, TypeII, exact_blocks
-from kfac_lib.coverage import cover
+from kfac_lib.capture import Hooks
 from kfac_lib.layers import input_rows, output_rows
 from kfac_lib.losses import criterion_of
 from kfac_lib.stream import batches, stream
@@ -105,7 +105,7 @@ def test_data_enter_once_however_many_chunks():
     counts = [
         rows.count
         for name, rows in stream(
-            net, criterion_of(MSE), TypeII(), [(X, y), (X[:2], y[:2])], cover(net), chunk_size=1
+            Hooks(net), criterion_of(MSE), TypeII(), [(X, y), (X[:2], y[:2])], chunk_size=1
         )
         if name == "2"
     ]
