@@ -25,7 +25,7 @@ from kfac_lib.kfac import (
 from kfac_lib.kronecker import BlockDiagonal, EigenKronecker, element
 from kfac_lib.losses import Criterion, criterion_of
 from kfac_lib.rows import Count, Rows
-from kfac_lib.stream import Data
+from kfac_lib.stream import Data, is_pair
 
 
 class EKFAC(Blocks[EigenKronecker | BlockDiagonal]):
@@ -63,9 +63,10 @@ class EKFAC(Blocks[EigenKronecker | BlockDiagonal]):
     ) -> "EKFAC":
         """Compute eigenbasis and corrected eigenvalues of every layer (:ref:`ekfac-correction`).
 
-        Two passes over the data: one for KFAC's factors A = Q_A Λ_A Q_Aᵀ and B = Q_B Λ_B Q_Bᵀ, and
-        one for λ = R Σ_{n,v} [Q_Bᵀ P_{n,v} Q_A]², with P_{n,v} = Σ_s g x̃ᵀ. Random flavours draw the
-        same vectors in both. No P is kept longer than it takes to square it.
+        Two passes over the data (one, if they are one batch): for KFAC's factors A = Q_A Λ_A Q_Aᵀ
+        and B = Q_B Λ_B Q_Bᵀ, and for λ = R Σ_{n,v} [Q_Bᵀ P_{n,v} Q_A]², with P_{n,v} = Σ_s g x̃ᵀ.
+        Random flavours draw the same vectors in both. No P is kept longer than it takes to square
+        it.
 
         Args:
             model: Network of supported layers; with ``params`` a function f(params, X), or a
@@ -101,7 +102,9 @@ class EKFAC(Blocks[EigenKronecker | BlockDiagonal]):
         choice = sharing_of(sharing, list(source.coverage.layers))
         parts = {name: parts_of(source.coverage, name, bias) for name in choice}
         rewind = same_draws(fisher)
-        factors = factor_sums(source, criterion, data, fisher, choice, chunk_size)
+        # Rows of one batch and one chunk are in memory together anyway: no need to run it again.
+        held: list[tuple[str, Rows]] | None = [] if is_pair(data) and chunk_size is None else None
+        factors = factor_sums(source, criterion, data, fisher, choice, chunk_size, held)
         sums: dict[str, _OfLayer] = {}
         of_part: dict[str, Sharing] = {}
         for name, of_layer in factors.items():
@@ -113,8 +116,11 @@ class EKFAC(Blocks[EigenKronecker | BlockDiagonal]):
                 }
             )
             of_part |= dict.fromkeys(parts[name], choice[name])
-        rewind()
-        accumulate(sums, source, criterion, data, fisher, chunk_size)
+        if held is None:
+            rewind()
+            accumulate(sums, source, criterion, data, fisher, chunk_size)
+        for name, rows in held or ():
+            sums[name].update(rows)
         for name, of_layer in factors.items():
             if of_layer.count != sums[name].count:
                 raise ValueError(

@@ -342,6 +342,7 @@ def factor_sums(
     fisher: Fisher,
     sharing: Mapping[str, Sharing],
     chunk_size: int | None = None,
+    held: list[tuple[str, Rows]] | None = None,
 ) -> dict[str, FactorSums]:
     """The raw sums of every layer's factors, over all data (:ref:`kfac-batches`).
 
@@ -352,6 +353,7 @@ def factor_sums(
         fisher: The flavour.
         sharing: Each layer's sharing.
         chunk_size: How many vectors are backpropagated at once; all when not given.
+        held: List to which all rows are appended, if they are needed once more.
 
     Example:
         >>> source, data = Hooks(nn.Linear(2, 3)), (torch.ones(5, 2), torch.zeros(5, 3))
@@ -360,7 +362,7 @@ def factor_sums(
         Count(N=5, denominator=15)
     """
     sums = {name: FactorSums(one) for name, one in sharing.items()}
-    accumulate(sums, source, criterion, data, fisher, chunk_size)
+    accumulate(sums, source, criterion, data, fisher, chunk_size, held)
     return sums
 
 
@@ -371,8 +373,18 @@ def accumulate(
     data: Data,
     fisher: Fisher,
     chunk_size: int | None = None,
+    held: list[tuple[str, Rows]] | None = None,
 ) -> None:
     """Feed the rows of all data to one accumulator a layer (:ref:`kfac-batches`).
+
+    Args:
+        accumulators: One for each layer.
+        source: What runs the model.
+        criterion: The criterion.
+        data: One pair (X, y), or an iterable of them.
+        fisher: The flavour.
+        chunk_size: How many vectors are backpropagated at once; all when not given.
+        held: List to which all rows are appended, if they are needed once more.
 
     Raises:
         ValueError: If no datum counts, or the data are bad.
@@ -388,6 +400,8 @@ def accumulate(
     check_kind("fisher", fisher, "vectors", flavours())
     for name, rows in stream(source, criterion, fisher, data, chunk_size=chunk_size):
         accumulators[name].update(rows)
+        if held is not None:
+            held.append((name, rows))
     if all(accumulator.count.N == 0 for accumulator in accumulators.values()):
         raise ValueError(
             "No datum counts: the labels of all data are ignored (ignore_index). Give data with "

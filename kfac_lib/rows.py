@@ -166,19 +166,20 @@ class LayerRows:
         Returns:
             Tensor of shape (D_out, D_in [+1]).
         """
-        x = self.x if self.bias is None else _with_ones(self.x, self.bias)
-        x = x if Q_A is None else x @ Q_A
-        g = self.g @ Q_B
+        x = self.x if Q_A is None else self.x @ Q_A[: self.x.shape[-1]]
+        if self.bias is not None:
+            x = _with_one(x, self.bias, Q_A)
         if self.S == 1:
-            return g.square().sum(0)[:, 0].T @ x.square()[:, 0]
-        V, N, _, D_out = g.shape
-        size = max(1, _ENTRIES // max(1, V * D_out * x.shape[-1]))
-        total = x.new_zeros(D_out, x.shape[-1])
+            return (self.g @ Q_B).square_().sum(0)[:, 0].T @ x.square()[:, 0]
+        V, N, S, D_out = self.g.shape
+        D_in = x.shape[-1]
+        size = max(1, _ENTRIES // max(1, V * D_out * max(D_in, S)))
+        total = x.new_zeros(D_out, D_in)
         for some in range(0, N, size):
             # (n, v o, s) (n, s i): one product for each datum, over all vectors.
-            left = g[:, some : some + size].permute(1, 0, 3, 2).flatten(1, 2)
-            P = left @ x[some : some + size]
-            total += P.view(-1, D_out, x.shape[-1]).square_().sum(0)
+            g = self.g[:, some : some + size].permute(1, 0, 3, 2)
+            P = torch.bmm((Q_B.T @ g).flatten(1, 2), x[some : some + size])
+            total += P.view(-1, D_out * D_in).square_().sum(0).view(D_out, D_in)
         return total
 
 
@@ -335,8 +336,11 @@ def _gram(rows: Tensor) -> Tensor:
     return torch.bmm(transposed, rows).sum(0)
 
 
-def _with_ones(x: Tensor, bias: float) -> Tensor:
-    return torch.cat([x, x.new_full((*x.shape[:-1], 1), bias)], dim=-1)
+def _with_one(x: Tensor, bias: float, Q_A: Tensor | None) -> Tensor:
+    """Append the bias to rows that are in the basis Q_A already but for their last entry."""
+    if Q_A is None:
+        return torch.cat([x, x.new_full((*x.shape[:-1], 1), bias)], dim=-1)
+    return x + bias * Q_A[-1]
 
 
 _ENTRIES = 2**22

@@ -22,6 +22,16 @@ Data = Any
 """One pair (X, y), or an iterable of them. X may be whatever the model takes."""
 
 
+def is_pair(data: Any) -> bool:
+    """Whether the data are one pair (X, y), not an iterable of pairs (:ref:`kfac-batches`).
+
+    Example:
+        >>> is_pair((torch.ones(5, 2), torch.zeros(5, 3)))
+        True
+    """
+    return isinstance(data, tuple | list) and len(data) == 2 and isinstance(data[1], Tensor)
+
+
 def batches(data: Data) -> Iterator[tuple[Any, Tensor]]:
     """Iterate over pairs (X, y), whether one or many were given (:ref:`kfac-batches`).
 
@@ -42,13 +52,13 @@ def batches(data: Data) -> Iterator[tuple[Any, Tensor]]:
         (1, 2)
     """
     hint = "Give one pair (X, y) of inputs and a target tensor, or an iterable of such pairs"
-    if _is_pair(data):
+    if is_pair(data):
         data = [data]
     elif not isinstance(data, Iterable) or isinstance(data, Tensor | Mapping | str):
         raise TypeError(f"The data are a {type(data).__name__}. {hint}.")
     number = 0
     for number, pair in enumerate(data, start=1):
-        if not _is_pair(pair):
+        if not is_pair(pair):
             raise TypeError(f"Batch {number} is a {type(pair).__name__}. {hint}.")
         X, y = pair
         if y.ndim == 0:
@@ -222,10 +232,6 @@ def _batched_vjp(
         )
     except RuntimeError:
         return one_by_one()
-
-
-def _is_pair(data: Any) -> bool:
-    return isinstance(data, tuple | list) and len(data) == 2 and isinstance(data[1], Tensor)
 
 
 def _is_numbers(tensor: Tensor) -> bool:
