@@ -216,6 +216,20 @@ def check_calls(calls: Mapping[str, list[Call]], f: Tensor) -> None:
                     "the datum in both: keep shared axes apart, as (N, S, D), instead of merging "
                     "them into N."
                 )
+            if call.x.ndim == 1 and _reaches_other_data(call, f):
+                raise ValueError(
+                    f"Layer {name!r} got indices of shape {tuple(call.x.shape)} that are positions, "
+                    "not data: each of its outputs reaches the predictions of all. Look them up "
+                    "for every datum, as in layer(positions.expand(N, -1))."
+                )
+
+
+def _reaches_other_data(call: Call, f: Tensor) -> bool:
+    """Whether the prediction for the first datum depends on another row of the call's output."""
+    v = torch.zeros_like(f)
+    v[0] = torch.linspace(1, 2, f[0].numel(), dtype=f.dtype, device=f.device).reshape(f[0].shape)
+    (g,) = torch.autograd.grad(f, [call.edge], v, retain_graph=True, allow_unused=True)
+    return g is not None and bool((g[1:] != 0).any())
 
 
 def _uses_in_graph(f: Tensor) -> dict[int, int]:

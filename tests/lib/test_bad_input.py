@@ -472,3 +472,25 @@ def test_a_step_that_does_not_fit_the_model(step, delta, words):
     model[0].weight.requires_grad_("0.weight" not in step)
     with left_alone(model), pytest.raises(ValueError, match=words):
         predicted_decrease(model, MSE, data_for(MSE, 5), step, delta)
+
+
+def test_positions_that_are_looked_up_once_for_all_data():
+    class Positions(nn.Module):
+        def __init__(self, own):
+            super().__init__()
+            self.tokens, self.places = nn.Embedding(7, 3), nn.Embedding(5, 3)
+            self.fc, self.own = nn.Linear(3, 2), own
+
+        def forward(self, x):
+            places = torch.arange(5)
+            z = self.tokens(x) + self.places(places.expand(len(x), -1) if self.own else places)
+            return self.fc(z).mean(1)
+
+    data = torch.randint(7, (5, 5)), torch.randn(5, 2)  # as many data as positions
+    refused(Positions(False), ValueError, r"'places'.*positions, not data.*expand\(N", data)
+    assert len(KFAC.compute(Positions(True), MSE, data)) == 3
+
+
+def test_one_index_a_datum_is_taken():
+    net = nn.Sequential(nn.Embedding(7, 3), nn.Linear(3, 2))
+    assert len(KFAC.compute(net, MSE, (torch.randint(7, (5,)), torch.randn(5, 2)))) == 2
