@@ -218,9 +218,9 @@ def check_calls(calls: Mapping[str, list[Call]], f: Tensor) -> None:
                 )
             if call.x.ndim == 1 and _reaches_other_data(call, f):
                 raise ValueError(
-                    f"Layer {name!r} got indices of shape {tuple(call.x.shape)} that are positions, "
-                    "not data: each of its outputs reaches the predictions of all. Look them up "
-                    "for every datum, as in layer(positions.expand(N, -1))."
+                    f"Layer {name!r} got indices of shape {tuple(call.x.shape)} that are "
+                    "positions, not data: each of its outputs reaches the predictions of all. "
+                    "Look them up for every datum, as in layer(positions.expand(N, -1))."
                 )
 
 
