@@ -95,6 +95,11 @@ def sharing_of(sharing: Choice, names: Sequence[str]) -> dict[str, Sharing]:
     if isinstance(sharing, Mapping):
         patterns = {pattern: _checked(one) for pattern, one in sharing.items()}
         for pattern in patterns:
+            if not isinstance(pattern, str):
+                raise TypeError(
+                    f"sharing: the key {pattern!r} is no string. Give names or patterns, such as "
+                    f'{{"conv*": Reduce()}}. The layers are {", ".join(names)}.'
+                )
             if not any(_fits(name, pattern) for name in names):
                 raise ValueError(
                     f"sharing: {pattern!r} matches no layer. The layers are {', '.join(names)}."

@@ -3,8 +3,9 @@
 Derived in the chapter :ref:`ekfac`.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -101,7 +102,8 @@ class EKFAC(Blocks[EigenKronecker | BlockDiagonal]):
         criterion = criterion_of(loss_func)
         choice = sharing_of(sharing, list(source.coverage.layers))
         parts = {name: parts_of(source.coverage, name, bias) for name in choice}
-        rewind = same_draws(fisher)
+        rewind = same_draws(fisher, data)
+        data = _in_order(data) if hasattr(fisher, "generator") else data
         # Rows of one batch and one chunk are in memory together anyway: no need to run it again.
         held: list[tuple[str, Rows]] | None = [] if is_pair(data) and chunk_size is None else None
         factors = factor_sums(source, criterion, data, fisher, choice, chunk_size, held)
@@ -152,14 +154,16 @@ def require_two_passes(data: Data) -> None:
         )
 
 
-def same_draws(fisher: Fisher) -> Callable[[], None]:
+def same_draws(fisher: Fisher, data: Data = None) -> Callable[[], None]:
     """Remember where the random numbers of a flavour stand (:ref:`ekfac-pythagoras`).
 
     Args:
         fisher: A flavour; without randomness nothing is remembered.
+        data: The data; a loader that shuffles is to do it in the same way again.
 
     Returns:
-        A function that goes back to this place, so that the same vectors are drawn again.
+        A function that goes back to this place, so that the same vectors are drawn again, for the
+        same data.
 
     Example:
         >>> from kfac_lib import MonteCarlo
@@ -172,21 +176,44 @@ def same_draws(fisher: Fisher) -> Callable[[], None]:
     """
     if not hasattr(fisher, "generator"):
         return lambda: None
-    if fisher.generator is not None:
-        generator: torch.Generator = fisher.generator
-        state = generator.get_state()
-
-        def go_back() -> None:
-            generator.set_state(state)
-
-        return go_back
+    holders = (fisher, data, getattr(data, "sampler", None))
+    found = [getattr(holder, "generator", None) for holder in holders]
+    generators = {id(g): g for g in found if isinstance(g, torch.Generator)}.values()
+    states = [(g, g.get_state()) for g in generators]
     cpu, others = torch.get_rng_state(), torch.cuda.get_rng_state_all()
 
     def rewind() -> None:
         torch.set_rng_state(cpu)
         torch.cuda.set_rng_state_all(others)
+        for generator, state in states:
+            generator.set_state(state)
 
     return rewind
+
+
+def _in_order(data: Data) -> Data:
+    return data if is_pair(data) or not isinstance(data, Iterable) else _InOrder(data)
+
+
+class _InOrder:
+    """Batches that must come in the same order each time: draws belong to data."""
+
+    def __init__(self, data: Iterable[Any]) -> None:
+        self.data = data
+        self.seen: list[float] | None = None
+
+    def __iter__(self) -> Iterator[Any]:
+        seen = []
+        for number, pair in enumerate(self.data):
+            seen.append(float(pair[1].double().sum()) if is_pair(pair) else 0.0)
+            if self.seen is not None and self.seen[: number + 1] != seen:
+                raise ValueError(
+                    "The data come in another order in the second pass of EKFAC, and a random "
+                    "flavour would draw other vectors for them. Give a list of batches, or a "
+                    "loader without shuffling."
+                )
+            yield pair
+        self.seen = seen
 
 
 @dataclass

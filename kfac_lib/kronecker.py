@@ -184,11 +184,13 @@ class EigenKronecker:
 
     def to_dense(self, order: Order) -> Tensor:
         """Return the matrix on the flattened weight, of shape (D_out · D_in, D_out · D_in)."""
-        Q_A = torch.eye(self.shape[1]).to(self.Q_B) if self.Q_A is None else self.Q_A
+        eye = torch.eye(self.shape[1], dtype=self.Q_B.dtype, device=self.Q_B.device)
+        Q_A = eye if self.Q_A is None else self.Q_A.contiguous()
+        Q_B = self.Q_B.contiguous()  # eigh returns columns, which kron does not take beside rows
         if check_order(order) == "cvec":
-            Q, eigenvalues = torch.kron(Q_A, self.Q_B), cvec(self.eigenvalues)
+            Q, eigenvalues = torch.kron(Q_A, Q_B), cvec(self.eigenvalues)
         else:
-            Q, eigenvalues = torch.kron(self.Q_B, Q_A), rvec(self.eigenvalues)
+            Q, eigenvalues = torch.kron(Q_B, Q_A), rvec(self.eigenvalues)
         return Q * eigenvalues @ Q.T
 
     def __mul__(self, scalar: float) -> "EigenKronecker":

@@ -57,11 +57,17 @@ class Convolution:
         Args:
             layer: :class:`torch.nn.Conv1d`, :class:`torch.nn.Conv2d` or :class:`torch.nn.Conv3d`.
         """
-        kernel_size, dilation = tuple(layer.kernel_size), tuple(layer.dilation)
+        kernel_size = tuple(layer.weight.shape[2:])
+        stride, dilation = (_per_axis(v, kernel_size) for v in (layer.stride, layer.dilation))
+        if layer.padding_mode == "zeros":
+            padding = both_sides(layer.padding, kernel_size, dilation)
+        else:  # what torch's forward reads then
+            sides = layer._reversed_padding_repeated_twice
+            padding = tuple(zip(sides[::2], sides[1::2], strict=True))[::-1]
         return cls(
             kernel_size=kernel_size,
-            stride=tuple(layer.stride),
-            padding=both_sides(layer.padding, kernel_size, dilation),
+            stride=stride,
+            padding=padding,
             dilation=dilation,
             groups=layer.groups,
             padding_mode=layer.padding_mode,
@@ -83,8 +89,8 @@ class Convolution:
         axes = len(self.kernel_size)
         if x.ndim != axes + 2:
             raise ValueError(
-                f"A convolution over {axes} axes got an input of shape {tuple(x.shape)}. Axis 0 "
-                f"must be the datum: give (N, C_in, ...) with {axes + 2} axes."
+                f"A {axes}-d convolution got an input of shape {tuple(x.shape)}. Axis 0 must be "
+                f"the datum: give (N, C_in, ...) with {axes + 2} axes, for one datum x.unsqueeze(0)."
             )
         if any(side for pair in self.padding for side in pair):
             mode = "constant" if self.padding_mode == "zeros" else self.padding_mode
@@ -256,7 +262,7 @@ def groups_of(layer: nn.Module | Operation) -> int:
 
 
 def both_sides(
-    padding: str | tuple[int, ...], kernel_size: tuple[int, ...], dilation: tuple[int, ...]
+    padding: str | int | tuple[int, ...], kernel_size: tuple[int, ...], dilation: tuple[int, ...]
 ) -> tuple[tuple[int, int], ...]:
     """What a convolution pads before and after, axis by axis (:ref:`share-convolution`).
 
@@ -276,7 +282,7 @@ def both_sides(
         same = int(padding == "same")
         both = [same * d * (k - 1) for k, d in zip(kernel_size, dilation, strict=True)]
         return tuple((total // 2, total - total // 2) for total in both)
-    return tuple((side, side) for side in padding)
+    return tuple((side, side) for side in _per_axis(padding, kernel_size))
 
 
 def as_matrix(layer: nn.Module, parameter: Tensor) -> Tensor:
@@ -424,6 +430,10 @@ def check_linear(name: str, layer: nn.Module, x: Tensor, z: Tensor) -> None:
         f"x Wᵀ + b with its own weight and bias, or does not depend on them so. Put what it adds "
         f"into a module of its own, or pass ignore=[{name!r}] to leave it out."
     )
+
+
+def _per_axis(option: int | tuple[int, ...], kernel_size: tuple[int, ...]) -> tuple[int, ...]:
+    return (option,) * len(kernel_size) if isinstance(option, int) else tuple(option)
 
 
 def _kinds() -> list[type[Any]]:
