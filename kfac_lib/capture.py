@@ -48,7 +48,9 @@ class Call:
 class Source(Protocol):
     """Runs a model and tells what its layers read and where they write (:ref:`kfac-rows`)."""
 
-    coverage: Coverage
+    @property
+    def coverage(self) -> Coverage:
+        """What is covered; of a traced function it is known from the first batch on."""
 
     def run(self, X: Any) -> tuple[Tensor, dict[str, list[Call]]]:
         """Return the prediction, attached to its graph, and the calls of every layer."""

@@ -4,11 +4,11 @@ Names select layers and parameters by :mod:`fnmatch` patterns; a parameter that 
 of its names. Explained in the section :ref:`kfac-rows`.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 
-from torch import nn
+from torch import Tensor, nn
 
 from kfac_lib.layers import (
     Operation,
@@ -81,31 +81,8 @@ def cover(
         raise TypeError(f"The model is a {type(model).__name__}; give a torch.nn.Module.")
     modules = dict(model.named_modules(remove_duplicate=False))
     parameters = dict(model.named_parameters(remove_duplicate=False))
-    names_of: dict[int, list[str]] = {}
-    for name, parameter in parameters.items():
-        names_of.setdefault(id(parameter), []).append(name)
-    taken = set(parameters) if layers is None else set()
-    for pattern in [] if layers is None else _as_list(layers):
-        asked = _matching([pattern], "layers", parameters)
-        asked = {alias for name in asked for alias in names_of[id(parameters[name])]}
-        taken |= asked
-        if not any(parameters[name].requires_grad for name in asked):
-            raise ValueError(
-                f"layers: {pattern!r} names frozen parameters alone ({', '.join(sorted(asked))}). "
-                "Call requires_grad_() on them, or leave the pattern out."
-            )
-    ignored = _matching(_as_list(ignore), "ignore", parameters)
-    ignored = {alias for name in ignored for alias in names_of[id(parameters[name])]}
-    both = sorted(taken & ignored) if layers is not None else []
-    if both:
-        raise ValueError(f"Named in both layers and ignore: {', '.join(both)}. Name each in one.")
-    frozen = [name for name, p in parameters.items() if not p.requires_grad]
-    wanted = [n for n in parameters if n in taken and n not in ignored and n not in frozen]
-    if not wanted:
-        raise ValueError(
-            "No trainable parameter is left to cover: all are frozen, ignored or not selected "
-            f"(frozen: {', '.join(frozen) or 'none'})."
-        )
+    names_of = _names_by_tensor(parameters)
+    wanted, frozen = select(parameters, layers, ignore)
     unsupported = [n for n in wanted if not is_supported(modules[_owner(n)]) or not _is_known(n)]
     if unsupported:
         first = unsupported[0]
@@ -166,6 +143,59 @@ def cover(
         ignored=tuple(n for n in parameters if n not in wanted and n not in frozen),
         twins=twins,
     )
+
+
+def select(
+    parameters: Mapping[str, Tensor],
+    layers: Sequence[str] | str | None = None,
+    ignore: Sequence[str] | str = (),
+) -> tuple[list[str], list[str]]:
+    """Decide which parameters to take, by their names (:ref:`kfac-rows`).
+
+    Args:
+        parameters: The parameters by name. One :class:`torch.nn.Parameter` that does not require
+            grad is frozen; any other tensor is trainable.
+        layers: Patterns of what to take; all trainable parameters when not given.
+        ignore: Patterns of what to leave out.
+
+    Returns:
+        The names of those to take, and of the frozen ones.
+
+    Raises:
+        ValueError: If a pattern matches nothing, something is named in both, or nothing is left.
+
+    Example:
+        >>> select(dict(nn.Sequential(nn.Linear(2, 3)).named_parameters()), ignore="*.bias")
+        (['0.weight'], [])
+    """
+    names_of = _names_by_tensor(parameters)
+    frozen = [
+        name
+        for name, p in parameters.items()
+        if isinstance(p, nn.Parameter) and not p.requires_grad
+    ]
+    taken = set(parameters) if layers is None else set()
+    for pattern in [] if layers is None else _as_list(layers):
+        asked = _matching([pattern], "layers", parameters)
+        asked = {alias for name in asked for alias in names_of[id(parameters[name])]}
+        taken |= asked
+        if asked <= set(frozen):
+            raise ValueError(
+                f"layers: {pattern!r} names frozen parameters alone ({', '.join(sorted(asked))}). "
+                "Call requires_grad_() on them, or leave the pattern out."
+            )
+    ignored = _matching(_as_list(ignore), "ignore", parameters)
+    ignored = {alias for name in ignored for alias in names_of[id(parameters[name])]}
+    both = sorted(taken & ignored) if layers is not None else []
+    if both:
+        raise ValueError(f"Named in both layers and ignore: {', '.join(both)}. Name each in one.")
+    wanted = [n for n in parameters if n in taken and n not in ignored and n not in frozen]
+    if not wanted:
+        raise ValueError(
+            "No trainable parameter is left to cover: all are frozen, ignored or not selected "
+            f"(frozen: {', '.join(frozen) or 'none'})."
+        )
+    return wanted, frozen
 
 
 def _check_tied(
@@ -238,6 +268,13 @@ def check_per_datum(model: nn.Module) -> None:
                 f"Layer {name!r} ({kind}) is random in training mode, so the curvature is that of "
                 "a random net. Call model.eval() first."
             )
+
+
+def _names_by_tensor(parameters: Mapping[str, Tensor]) -> dict[int, list[str]]:
+    names: dict[int, list[str]] = {}
+    for name, parameter in parameters.items():
+        names.setdefault(id(parameter), []).append(name)
+    return names
 
 
 def _as_list(patterns: Sequence[str] | str) -> list[str]:

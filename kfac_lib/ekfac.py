@@ -98,7 +98,7 @@ class EKFAC(Blocks[EigenKronecker | BlockDiagonal]):
         """
         require_vectors(fisher)
         require_two_passes(data)
-        source = source_of(model, params, layers, ignore)
+        source, data = source_of(model, data, params, layers, ignore)
         criterion = criterion_of(loss_func)
         choice = sharing_of(sharing, list(source.coverage.layers))
         parts = {name: parts_of(source.coverage, name, bias) for name in choice}

@@ -25,7 +25,7 @@ from kfac_lib.flattening import Order, check_order
 from kfac_lib.kronecker import BlockDiagonal, Damping, EigenKronecker, Kronecker, element
 from kfac_lib.losses import Criterion, criterion_of
 from kfac_lib.rows import Count, Rows
-from kfac_lib.stream import Data, stream
+from kfac_lib.stream import Data, first_inputs, stream
 from kfac_lib.tracing import Traced
 
 Block = TypeVar("Block", bound=Kronecker | EigenKronecker | BlockDiagonal)
@@ -210,7 +210,7 @@ class KFAC(Blocks[Kronecker | BlockDiagonal]):
             NotImplementedError: For a layer or a loss that is not supported; the message says
                 what to do.
         """
-        source = source_of(model, params, layers, ignore)
+        source, data = source_of(model, data, params, layers, ignore)
         criterion = criterion_of(loss_func)
         choice = sharing_of(sharing, list(source.coverage.layers))
         parts = {name: parts_of(source.coverage, name, bias) for name in choice}
@@ -276,7 +276,7 @@ def exact_blocks(
     """
     check_order(order)
     require_vectors(fisher)
-    source = source_of(model, params, layers, ignore)
+    source, data = source_of(model, data, params, layers, ignore)
     criterion = criterion_of(loss_func)
     blocks = {name: ExactBlocks(order) for name in source.coverage.layers}
     accumulate(blocks, source, criterion, data, fisher, chunk_size)
@@ -300,16 +300,19 @@ def check_kind(argument: str, given: object, method: str, possible: str) -> None
 
 def source_of(
     model: nn.Module | Callable[..., Tensor],
+    data: Data,
     params: Mapping[str, Tensor] | None = None,
     layers: Sequence[str] | str | None = None,
     ignore: Sequence[str] | str = (),
-) -> Source:
+) -> tuple[Source, Data]:
     """The source of rows: hooks on a module, or a traced graph if parameters are given.
 
-    See :ref:`func-source`.
+    See :ref:`func-source`. A function is traced on the first batch, since what it covers is not
+    known before; if it was traced already, the trace is used again.
 
     Args:
         model: Network, or with ``params`` a function f(params, X).
+        data: One pair (X, y), or an iterable of them.
         params: The parameters by name, or None.
         layers: Names or patterns of the layers or parameters to take; all when not given.
         ignore: Names or patterns to leave out.
@@ -320,19 +323,22 @@ def source_of(
         NotImplementedError: For a layer that is not supported.
 
     Example:
-        >>> type(source_of(nn.Linear(2, 3))).__name__
+        >>> source, data = source_of(nn.Linear(2, 3), (torch.ones(5, 2), torch.zeros(5, 3)))
+        >>> type(source).__name__
         'Hooks'
     """
     if params is not None:
-        return Traced(model, params, layers, ignore)
+        source = Traced(model, params, layers, ignore)
+        X, data = first_inputs(data)
+        source.prepare(X)
+        return source, data
     if not isinstance(model, nn.Module) and callable(model):
         raise TypeError(
             f"The model is a {type(model).__name__}, which has no parameters of its own. Give "
             "params, a dict from name to tensor, and a function f(params, X); or a "
             "torch.nn.Module."
         )
-    assert isinstance(model, nn.Module) or not callable(model)
-    return Hooks(model, cover(model, layers, ignore))
+    return Hooks(model, cover(model, layers, ignore)), data
 
 
 def factor_sums(

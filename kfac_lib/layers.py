@@ -90,7 +90,8 @@ class Convolution:
         if x.ndim != axes + 2:
             raise ValueError(
                 f"A {axes}-d convolution got an input of shape {tuple(x.shape)}. Axis 0 must be "
-                f"the datum: give (N, C_in, ...) with {axes + 2} axes, for one datum x.unsqueeze(0)."
+                f"the datum: give (N, C_in, ...) with {axes + 2} axes, as x.unsqueeze(0) does for "
+                "one datum."
             )
         if any(side for pair in self.padding for side in pair):
             mode = "constant" if self.padding_mode == "zeros" else self.padding_mode

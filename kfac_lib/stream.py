@@ -6,6 +6,7 @@ graph. Explained in the section :ref:`kfac-pseudo-gradients`.
 """
 
 from collections.abc import Iterable, Iterator, Mapping
+from itertools import chain, islice
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from torch.autograd.graph import GradientEdge
 
 from kfac_lib.capture import Call, Source, is_finite
 from kfac_lib.fisher import Fisher
-from kfac_lib.layers import lookup_of, output_rows
+from kfac_lib.layers import Convolution, lookup_of, output_rows
 from kfac_lib.losses import Criterion
 from kfac_lib.rows import Count, Rows, make_rows, stored_input
 
@@ -86,6 +87,27 @@ def batches(data: Data) -> Iterator[tuple[Any, Tensor]]:
         raise ValueError(f"The data hold no batch. {hint}; an iterator can be used only once.")
 
 
+def first_inputs(data: Data) -> tuple[Any, Data]:
+    """The inputs of the first batch, and data that still hold it (:ref:`func-source`).
+
+    Args:
+        data: One pair (X, y), or an iterable of them; of an iterator the first is put back.
+
+    Raises:
+        ValueError: If there is no batch, or it is bad.
+        TypeError: If the data are of the wrong kind.
+
+    Example:
+        >>> X, data = first_inputs(iter([(torch.ones(5, 2), torch.zeros(5, 3))]))
+        >>> X.shape, len(list(data))
+        (torch.Size([5, 2]), 1)
+    """
+    if isinstance(data, Iterator):
+        head = list(islice(data, 1))
+        return next(batches(head))[0], chain(head, data)
+    return next(batches(data))[0], data
+
+
 def stream(
     source: Source,
     criterion: Criterion,
@@ -151,27 +173,41 @@ def stream(
 
 
 def _joined_inputs(calls: list[Call], N: int) -> Tensor:
-    parts = [stored_input(call.layer, _datum_first(call, call.x, N, 0)) for call in calls]
+    parts = [
+        _unmerged(stored_input(call.layer, _datum_first(call, call.x, N, 0)), N, 0)
+        for call in calls
+    ]
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
 
 
 def _joined_outputs(calls: list[Call], gradients: list[Tensor], N: int) -> Tensor:
     parts = [
-        output_rows(call.layer, _datum_first(call, g, N, 1))
+        _unmerged(output_rows(call.layer, _datum_first(call, g, N, 1)), N, 1)
         for call, g in zip(calls, gradients, strict=True)
     ]
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
 
 
 def _datum_first(call: Call, tensor: Tensor, N: int, axis: int) -> Tensor:
-    """Move the datum to the given axis, from between others or out of merged rows."""
+    """Move the datum to the given axis, from between others or out of merged rows.
+
+    The other axes in front of the features follow it, merged: (N·before·after, features).
+    """
     if call.before == 1 and tensor.shape[axis] == N:
         return tensor
-    features = () if lookup_of(call.layer) and axis == 0 else tensor.shape[-1:]
-    leading = tensor.shape[axis : tensor.ndim - len(features)]
-    after = leading.numel() // (call.before * N)
-    rows = tensor.reshape(*tensor.shape[:axis], call.before, N, after, *features)
-    return rows.movedim(axis + 1, axis)
+    features = len(call.layer.kernel_size) + 1 if isinstance(call.layer, Convolution) else 1
+    end = tensor.ndim - (0 if lookup_of(call.layer) and axis == 0 else features)
+    after = tensor.shape[axis:end].numel() // (call.before * N)
+    rows = tensor.reshape(*tensor.shape[:axis], call.before, N, after, *tensor.shape[end:])
+    return rows.movedim(axis + 1, axis).flatten(axis, axis + 2)
+
+
+def _unmerged(rows: Tensor, N: int, axis: int) -> Tensor:
+    """Rows (N·before·after, S, ...) as (N, before·after·S, ...)."""
+    if rows.shape[axis] == N:
+        return rows
+    S = rows.shape[axis] * rows.shape[axis + 1] // N
+    return rows.reshape(*rows.shape[:axis], N, S, *rows.shape[axis + 2 :])
 
 
 def _pseudo_gradients(
