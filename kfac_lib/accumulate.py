@@ -261,6 +261,13 @@ class ExactBlocks:
             self.sum = _add(self.sum, other.sum)
             self.count = self.count.plus(other.count)
 
+    def scaled(self, weight: float) -> "ExactBlocks":
+        """Return sum and counts times a weight, for a weighted average over batches."""
+        result = ExactBlocks(self.order)
+        result.count = self.count.scaled(weight)
+        result.sum = None if self.sum is None else weight * self.sum
+        return result
+
     def finish(self, criterion: Criterion) -> Tensor:
         """Return the block, of shape (D, D), D = D_out · D_in.
 

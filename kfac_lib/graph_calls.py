@@ -139,6 +139,27 @@ class RecordedGraph:
             f: Tensor = self._module(recorder, *leaves, *X)
         return f, recorder.calls
 
+    def verify_data(self, f: Tensor, calls: Mapping[int, Call]) -> None:
+        """Backpropagate from the first datum alone, which must reach no other.
+
+        Raises:
+            ValueError: If it does.
+        """
+        v = torch.zeros_like(f)
+        v[0] = torch.linspace(1, 2, f[0].numel(), dtype=f.dtype, device=f.device).view(f[0].shape)
+        edges = [call.edge for call in calls.values()]
+        found = torch.autograd.grad(f, edges, v, retain_graph=True, allow_unused=True)
+        for call, g in zip(calls.values(), found, strict=True):
+            if g is None:
+                continue
+            of_data = g.reshape(call.before, len(f), -1).abs().amax((0, 2))
+            if bool((of_data[1:] > torch.finfo(g.dtype).eps ** 0.5 * of_data.max()).any()):
+                raise ValueError(
+                    "The prediction of a datum depends on the other data of the batch (as with "
+                    f"batch statistics), behind the operation with {call.name!r}. So its factors "
+                    "are not defined datum by datum. Take statistics that are fixed."
+                )
+
     def verify_order(
         self, leaves: list[Tensor], X: list[Tensor], f: Tensor, calls: Mapping[int, Call]
     ) -> None:

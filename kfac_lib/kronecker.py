@@ -113,9 +113,12 @@ class Kronecker:
 
     def eigh(self) -> "EigenKronecker":
         """Return the eigendecomposition, from those of the two factors."""
-        A, Q_A = (self.A, None) if self.A.ndim == 1 else torch.linalg.eigh(self.A)
+        # Columns lie together in what eigh returns; beside a matrix of rows torch.kron refuses it.
         B, Q_B = torch.linalg.eigh(self.B)
-        return EigenKronecker(Q_A, Q_B, torch.outer(B, A))
+        if self.A.ndim == 1:
+            return EigenKronecker(None, Q_B.contiguous(), torch.outer(B, self.A))
+        A, Q_A = torch.linalg.eigh(self.A)
+        return EigenKronecker(Q_A.contiguous(), Q_B.contiguous(), torch.outer(B, A))
 
     def power(self, exponent: float) -> "EigenKronecker":
         """Return the matrix power, for example ``-0.5``; eigenvalues below zero count as zero."""
@@ -186,7 +189,7 @@ class EigenKronecker:
         """Return the matrix on the flattened weight, of shape (D_out · D_in, D_out · D_in)."""
         eye = torch.eye(self.shape[1], dtype=self.Q_B.dtype, device=self.Q_B.device)
         Q_A = eye if self.Q_A is None else self.Q_A.contiguous()
-        Q_B = self.Q_B.contiguous()  # eigh returns columns, which kron does not take beside rows
+        Q_B = self.Q_B.contiguous()
         if check_order(order) == "cvec":
             Q, eigenvalues = torch.kron(Q_A, Q_B), cvec(self.eigenvalues)
         else:

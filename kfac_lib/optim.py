@@ -1,56 +1,69 @@
-"""KFAC as a preconditioner of gradients, in front of any optimizer of torch.
+"""KFAC, and what corrects it, as a preconditioner of gradients in front of any optimizer of torch.
 
-Explained in the section :ref:`damp-preconditioner`.
+Explained in the sections :ref:`damp-preconditioner` and :ref:`ekfac-preconditioner`.
 """
 
 from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
-from math import inf, sqrt
-from numbers import Integral, Real
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from kfac_lib.accumulate import Expand, FactorSums, Sharing
-from kfac_lib.autodiff import ggnvp
-from kfac_lib.capture import Hooks
-from kfac_lib.coverage import check_per_datum, cover
+from kfac_lib.accumulate import Choice, Expand, sharing_of
+from kfac_lib.corrections import Approximation, estimate_of
 from kfac_lib.damping import Exact, LevenbergMarquardt, layer_inverse
-from kfac_lib.fisher import Fisher, TypeII, flavours
-from kfac_lib.kfac import KFAC, check_kind, require_finite
-from kfac_lib.kronecker import Damping, EigenKronecker, Kronecker
+from kfac_lib.ekfac import EKFAC, same_draws
+from kfac_lib.estimates import Estimate
+from kfac_lib.fisher import Fisher, TypeII, flavours, require_vectors
+from kfac_lib.gradients import (
+    clip_scale,
+    factors_in_words,
+    joint_gradients,
+    parameters_of,
+    write_gradients,
+)
+from kfac_lib.kfac import KFAC, check_kind, described
+from kfac_lib.kronecker import Damping, Element
 from kfac_lib.losses import Criterion, criterion_of
-from kfac_lib.rows import Count
-from kfac_lib.stream import batches, stream
-
-Element = Kronecker | EigenKronecker
+from kfac_lib.passes import Passes
+from kfac_lib.quadratic import predicted_decrease as predicted_decrease
+from kfac_lib.saved import check_kinds, check_layers, pack, sharing_in_words, unpack, wide, widened
+from kfac_lib.schedules import check_options, form_of, require_exact, value_at
 
 
 class KFACPreconditioner:
     """Rewrites ``.grad`` to (A ⊗ B damped)⁻¹ times the gradient, layer by layer.
 
-    See :ref:`damp-preconditioner`. The loop is ``loss.backward()``, ``pre.update(X, y)``,
-    ``pre.precondition()``, ``optimizer.step()``, with any optimizer. Every option from ``damping``
-    to ``lr`` is a value or a schedule: a function of the step, which counts the calls of
-    :meth:`update` from zero.
+    See :ref:`damp-preconditioner`, and for EKFAC :ref:`ekfac-preconditioner`. The loop is
+    ``loss.backward()``, ``pre.update(X, y)``, ``pre.precondition()``, ``optimizer.step()``, with
+    any optimizer. Every option from ``damping`` to ``lr`` is a value or a schedule: a function of
+    the step, which counts the calls of :meth:`update` from zero.
 
-    The factors are an exponential moving average over batches. What is averaged are raw sums and
-    counts, Σ_i (1−β) β^(t−i) of each batch i, and the constants of KFAC are applied once, at the
-    end: the average needs no bias correction, and a batch counts by its size. Factors are those
-    of *one* batch on average, for ``"sum"`` as for ``"mean"``.
+    The curvature is an exponential moving average over batches. What is averaged are raw sums and
+    counts, Σ_i (1−β) β^(t−i) of each batch i, and the constants are applied once, at the end: the
+    average needs no bias correction, and a batch counts by its size. It is that of *one* batch on
+    average, for ``"sum"`` as for ``"mean"``. With ``"ekfac"`` the basis is that of the averaged
+    factors and changes every ``inverse_every`` steps; the eigenvalues are averaged within it, act
+    at once, and begin anew with the newest batch when it changes. For this one further pass
+    ``update`` keeps a reference to the batch, until the next ``precondition`` or ``update``.
 
     Args:
         model: Network; which parameters are trainable is decided here.
         loss_func: A supported loss, or a criterion.
         fisher: Flavour of the Fisher.
-        sharing: :class:`~kfac_lib.Expand` or :class:`~kfac_lib.Reduce`.
+        sharing: :class:`~kfac_lib.Expand` or :class:`~kfac_lib.Reduce`; or a mapping from names or
+            patterns to one of them, or a function of the layer's name
+            (:func:`~kfac_lib.accumulate.sharing_of`). ``"nearest"`` does not depend on it.
+        approximation: ``"kfac"``; ``"ekfac"``, which needs :class:`~kfac_lib.Exact` damping; or
+            ``"nearest"``, the Kronecker product nearest to the averaged exact block, whose memory
+            grows with the square of a layer's number of parameters.
         damping: For example ``Exact(1e-3)`` or :class:`~kfac_lib.LevenbergMarquardt`; δ is stated
             for the mean loss.
         factor_every: The factors are refreshed when so many calls of :meth:`update` have passed.
-        inverse_every: The factors are inverted anew when so many calls of :meth:`precondition`
-            have passed, and they have changed. A changed δ acts at once, on the factors last
-            taken; for ``Exact`` it costs no new eigendecomposition.
+        inverse_every: The factors are inverted, or decomposed, anew when so many calls of
+            :meth:`precondition` have passed, and they have changed. A changed δ acts at once, on
+            the factors last taken; for ``Exact`` it costs no new eigendecomposition.
         ema: Decay β of the average, in [0, 1); zero for the newest batch alone.
         kl_clip: κ: all preconditioned gradients p are multiplied by
             min(1, √(κ / (lr² Σ ⟨g, p⟩))), which bounds the squared length of a plain step in the
@@ -84,7 +97,8 @@ class KFACPreconditioner:
         loss_func: nn.Module | Criterion,
         *,
         fisher: Fisher = TypeII(),
-        sharing: Sharing = Expand(),
+        sharing: Choice = Expand(),
+        approximation: Approximation = "kfac",
         damping: Damping | Callable[[int], Damping] = Exact(1e-3),
         factor_every: int | Callable[[int], int] = 1,
         inverse_every: int | Callable[[int], int] = 1,
@@ -96,26 +110,28 @@ class KFACPreconditioner:
         ignore: Sequence[str] | str = (),
     ) -> None:
         check_kind("fisher", fisher, "vectors", flavours())
-        check_kind("sharing", sharing, "rows", "Expand() or Reduce()")
         self.model, self.fisher, self.sharing = model, fisher, sharing
         self.criterion, self.chunk_size = criterion_of(loss_func), chunk_size
         self.damping, self.factor_every, self.inverse_every = damping, factor_every, inverse_every
         self.ema, self.kl_clip, self.lr = ema, kl_clip, lr
-        for option in ("damping", "factor_every", "inverse_every", "ema", "kl_clip", "lr"):
-            value = getattr(self, option)
-            if isinstance(value, type) or not callable(value):
-                _check_option(option, value)
+        options = ("damping", "factor_every", "inverse_every", "ema", "kl_clip", "lr")
+        check_options({option: getattr(self, option) for option in options})
         if kl_clip is not None and lr is None:
             raise ValueError(f"kl_clip={kl_clip!r} needs the learning rate of the optimizer: lr=.")
-        self._selection = layers, ignore
-        self.coverage = cover(model, layers, ignore)
+        self._passes = Passes(model, self.criterion, fisher, chunk_size, layers, ignore)
+        self.coverage = self._passes.coverage
+        self._sharing_of = sharing_of(sharing, list(self.coverage.layers))
+        self.approximation = approximation
+        self._estimate: Estimate = estimate_of(approximation, self.coverage, self._sharing_of)
+        if self._estimate.corrected:
+            require_exact(damping)
+        if approximation != "kfac":
+            require_vectors(fisher)
         self.steps = 0
         self._preconditions = 0
         self._factors_at: int | None = None
         self._inverses_at: int | None = None
         self._outdated = True
-        self._weight = 0.0
-        self._sums = {name: FactorSums(sharing) for name in self.coverage.layers}
         self._damped_with: tuple[str, float] | None = None
         self._taken: dict[str, Element] = {}
         self._inverses: dict[str, Element] = {}
@@ -139,39 +155,40 @@ class KFACPreconditioner:
             NotImplementedError: For a model that is not supported.
         """
         period: int = self._now("factor_every", self.steps)
+        drawn = None
         if self._factors_at is None or self.steps - self._factors_at >= period:
             beta: float = self._now("ema", self.steps)
-            batch = self._sums_of(X, y)
-            if any(sums.count.N for sums in batch.values()):
-                averages = {}
-                for name, sums in batch.items():
-                    require_finite(name, *(s for s in (sums.xx, sums.gg) if s is not None))
-                    averages[name] = sums.scaled(1 - beta)
-                    averages[name].merge(self._sums[name].scaled(beta))
-                self._sums = averages
-                self._weight = beta * self._weight + (1 - beta)
-                self._factors_at, self._outdated = self.steps, True
+            drawn = same_draws(self.fisher) if self._estimate.corrected else None
+            estimate = self._estimate.updated(self._passes.over(X, y), beta)
+            if estimate is not None:
+                self._estimate, self._factors_at, self._outdated = estimate, self.steps, True
+        if self._estimate.corrected:
+            self._passes.keep(X, y, drawn)
         self.steps += 1
 
-    def factors(self) -> KFAC:
-        """Return the present factors, those of one batch on average.
+    def factors(self) -> KFAC | EKFAC:
+        """Return the present curvature, that of one batch on average.
+
+        Returns:
+            The factors as they are now, even if they are not inverted yet; for ``"ekfac"`` the
+            present eigenvalues in the basis in use, or before the first :meth:`precondition` in
+            that of the present factors, by a pass over the newest batch; for ``"nearest"`` the
+            nearest products.
 
         Raises:
             ValueError: If there was no update with labels that count.
         """
-        if not self._weight:
-            raise ValueError(
-                "There are no factors yet: no data with labels that count were seen. Call "
-                "update(X, y) before precondition()."
-            )
-        factors = {}
-        for name, sums in self._sums.items():
-            A, B = sums.scaled(1 / self._weight).finish(self.criterion)
-            factors[name] = Kronecker(A, B)
-        return KFAC(
-            factors,
+        estimate = self._estimate
+        if not estimate.ready:
+            renewed = self._renewed(max(self.steps - 1, 0))
+            assert renewed is not None
+            estimate = renewed
+        elements: dict[str, Any] = estimate.elements(self.criterion)
+        result: type[KFAC] | type[EKFAC] = EKFAC if estimate.corrected else KFAC
+        return result(
+            elements,
             fisher=self.fisher,
-            sharing=self.sharing,
+            sharing=described(self.sharing, self._sharing_of),
             frozen=self.coverage.frozen,
             ignored=self.coverage.ignored,
         )
@@ -185,29 +202,30 @@ class KFACPreconditioner:
             ValueError: If there was no update, no covered layer has a gradient, one has a gradient
                 for weight or bias alone, a factor has no inverse (the message names the layer), or
                 a schedule gives nonsense.
+            TypeError: If a schedule of the damping gives none, or for ``"ekfac"`` one that is not
+                exact.
+            NotImplementedError: If a gradient is sparse.
         """
         step = max(self.steps - 1, 0)
         with torch.no_grad():
             self._refresh_inverses(step)
-            gradients = self._gradients()
-            preconditioned = {
-                name: self._inverses[name] @ g.to(_wide(g.dtype)) for name, g in gradients.items()
-            }
-            scale = self._clip(step, gradients, preconditioned)
-            for name, p in preconditioned.items():
-                parameters = self._parameters(name)
-                columns = torch.split(p, [q[0].numel() for q in parameters], dim=1)
-                for parameter, part in zip(parameters, columns, strict=True):
-                    assert parameter.grad is not None
-                    parameter.grad.copy_((scale * part).reshape(parameter.shape))
+            gradients = joint_gradients(self.coverage)
+            steps = {name: self._inverses[name] @ wide(g) for name, g in gradients.items()}
+            kappa: float | None = self._now("kl_clip", step)
+            scale = 1.0
+            if kappa is not None:
+                scale = clip_scale(gradients, steps, kappa, self._now("lr", step))
+            write_gradients(self.coverage, steps, scale)
         self._preconditions += 1
+        self._passes.forget()
 
     def state_dict(self) -> dict[str, Any]:
         """Return all that changes, for :func:`torch.save`; ``weights_only=True`` loads it.
 
-        Sums, counts, steps, inverses, the δ of :class:`~kfac_lib.LevenbergMarquardt`, and the
-        state of the flavour's generator where it has one; not the options, nor torch's default
-        generator.
+        Sums, counts, steps, bases, inverses, the δ of :class:`~kfac_lib.LevenbergMarquardt`, and
+        the state of the flavour's generator where it has one; not the options, nor torch's default
+        generator, nor a batch: with ``"ekfac"`` save after :meth:`precondition`, not between it and
+        :meth:`update`.
         """
         generator: torch.Generator | None = getattr(self.fisher, "generator", None)
         adaptive = isinstance(self.damping, LevenbergMarquardt)
@@ -218,11 +236,10 @@ class KFACPreconditioner:
             "factors_at": self._factors_at,
             "inverses_at": self._inverses_at,
             "outdated": self._outdated,
-            "weight": self._weight,
-            "sums": {name: _packed(sums) for name, sums in self._sums.items()},
+            **self._estimate.state(),
             "damped_with": self._damped_with,
-            "taken": {name: dict(vars(element)) for name, element in self._taken.items()},
-            "inverses": {name: dict(vars(element)) for name, element in self._inverses.items()},
+            "taken": {name: pack(element) for name, element in self._taken.items()},
+            "inverses": {name: pack(element) for name, element in self._inverses.items()},
             "damping": self.damping.state_dict() if adaptive else None,  # type: ignore[union-attr]
             "generator": None if generator is None else generator.get_state(),
         }
@@ -234,21 +251,17 @@ class KFACPreconditioner:
         flavour, and an adaptive damping, are set to their saved states.
 
         Raises:
-            ValueError: If it is no such state, or that of another net, loss, flavour or damping;
-                the message names the first layer that differs. Nothing has changed then.
+            ValueError: If it is no such state, or that of another net, loss, flavour, sharing,
+                approximation or damping; the message names the first layer that differs. Nothing
+                has changed then.
         """
         missing = sorted(set(self.state_dict()) - set(state))
         if missing:
             raise ValueError(
                 f"The state lacks {missing}. Give what KFACPreconditioner.state_dict() returned."
             )
-        for kind, own in self._kinds().items():
-            if state["kinds"].get(kind) != own:
-                raise ValueError(
-                    f"The state was made with {kind} {state['kinds'].get(kind)}, this "
-                    f"preconditioner has {own}. Use the same {kind}."
-                )
-        self._check_layers(state["sums"])
+        check_layers(state["sums"], self.coverage)
+        check_kinds(state["kinds"], self._kinds())
         generator: torch.Generator | None = getattr(self.fisher, "generator", None)
         if (state["generator"] is None) != (generator is None):
             had, has = ("no", "one") if state["generator"] is None else ("a", "none")
@@ -256,257 +269,80 @@ class KFACPreconditioner:
                 f"The state was made with {had} generator in the flavour, here there is {has}. "
                 "Give the flavour a torch.Generator in both, or in neither."
             )
+        # One copy, which keeps what inverses and decompositions have in common.
+        state = deepcopy(dict(state))
+        estimate = self._estimate.loaded(state, self.coverage)
         if isinstance(self.damping, LevenbergMarquardt):
             self.damping.load_state_dict(state["damping"])
         if generator is not None:
             generator.set_state(state["generator"].cpu())
-        # One copy, which keeps what inverses and decompositions have in common.
-        state = deepcopy(dict(state))
+        self._estimate = estimate
+        self._passes.forget()
         self.steps, self._preconditions = state["steps"], state["preconditions"]
         self._factors_at, self._inverses_at = state["factors_at"], state["inverses_at"]
-        self._outdated, self._weight = state["outdated"], state["weight"]
+        self._outdated = state["outdated"]
         damped_with = state["damped_with"]
         self._damped_with = None if damped_with is None else (damped_with[0], damped_with[1])
-        self._sums = {n: self._unpacked(n, packed) for n, packed in state["sums"].items()}
-        self._taken = {n: self._element(n, parts) for n, parts in state["taken"].items()}
-        self._inverses = {n: self._element(n, parts) for n, parts in state["inverses"].items()}
+        like = {name: wide(parameters_of(self.coverage, name)[0]) for name in self.coverage.layers}
+        self._taken = {n: unpack(parts, like[n]) for n, parts in state["taken"].items()}
+        self._inverses = {n: unpack(parts, like[n]) for n, parts in state["inverses"].items()}
 
     def __repr__(self) -> str:
+        sharing = sharing_in_words(self._sharing_of)
         lines = [
-            f"KFACPreconditioner({self.fisher}, {self.sharing}, damping={self.damping!r}, "
-            f"steps={self.steps})"
+            f"KFACPreconditioner({self.fisher}, {sharing}, approximation={self.approximation!r}, "
+            f"damping={self.damping!r}, steps={self.steps})"
         ]
         for name in self.coverage.layers:
-            D_out, D_in = self._shape(name)
-            lines.append(f"  {name or '(root)'}: A {(D_in, D_in)}, B {(D_out, D_out)}")
+            lines.append(f"  {name or '(root)'}: {factors_in_words(self.coverage, name)}")
         lines.append(f"  not preconditioned, frozen: {', '.join(self.coverage.frozen) or 'none'}")
         lines.append(f"  not preconditioned, ignored: {', '.join(self.coverage.ignored) or 'none'}")
         return "\n".join(lines)
 
     def _now(self, option: str, step: int) -> Any:
-        value = getattr(self, option)
-        if callable(value):
-            value = value(step)
-        _check_option(option, value, f" at step {step}")
-        return value
+        return value_at(option, getattr(self, option), step)
 
-    def _sums_of(self, X: Any, y: Tensor) -> dict[str, FactorSums]:
-        if cover(self.model, *self._selection) != self.coverage:
+    def _renewed(self, step: int) -> Estimate | None:
+        """The average in a new basis; None if that needs a batch, and none is there."""
+        if not self._estimate.weight:
             raise ValueError(
-                "The model's layers, or which of its parameters are trainable, have changed since "
-                "the preconditioner was made. Make a new one after such a change."
+                "There are no factors yet: no data with labels that count were seen. Call "
+                "update(X, y) before precondition()."
             )
-        sums = {name: FactorSums(self.sharing) for name in self.coverage.layers}
-        rows_of_layers = stream(
-            Hooks(self.model, self.coverage),
-            self.criterion,
-            self.fisher,
-            [(X, y)],
-            chunk_size=self.chunk_size,
-        )
-        for name, rows in rows_of_layers:
-            sums[name].update(rows)
-        return sums
+        if not self._estimate.corrected:
+            return self._estimate
+        return self._estimate.renewed(self.criterion, self._passes.again(), self._now("ema", step))
 
     def _refresh_inverses(self, step: int) -> None:
         damping: Damping = self._now("damping", step)
-        form = damping.damping if isinstance(damping, LevenbergMarquardt) else damping
+        if self._estimate.corrected:
+            require_exact(damping, f" at step {step}")
+        form = form_of(damping)
         kind, last = type(form).__name__, self._damped_with
         period: int = self._now("inverse_every", step)
         since = None if self._inverses_at is None else self._preconditions - self._inverses_at
         due = since is None or (self._outdated and since >= period)
-        taken = self._taken
-        if due or last is None or last[0] != kind:
-            due = True
-            wide = {name: _widened(K) for name, K in self.factors().items()}
-            taken = {n: K.eigh() if isinstance(form, Exact) else K for n, K in wide.items()}
-        elif last[1] == damping.delta:
+        due = due or last is None or last[0] != kind
+        renewed = self._renewed(step) if due else None
+        estimate, taken = renewed or self._estimate, self._taken
+        if renewed is not None or estimate.corrected:
+            present = estimate.elements(self.criterion)
+            elements = {name: widened(element) for name, element in present.items()}
+            taken = {n: K.eigh() if isinstance(form, Exact) else K for n, K in elements.items()}
+        elif last == (kind, damping.delta):
             return
         inverses = {name: layer_inverse(name, element, form) for name, element in taken.items()}
-        self._taken, self._inverses, self._damped_with = taken, inverses, (kind, damping.delta)
-        if due:
+        self._estimate, self._taken, self._inverses = estimate, taken, inverses
+        self._damped_with = kind, damping.delta
+        if renewed is not None:
             self._inverses_at, self._outdated = self._preconditions, False
 
-    def _gradients(self) -> dict[str, Tensor]:
-        """The gradients [W b], (D_out, D_in [+1]), of the layers that have one."""
-        gradients = {}
-        for name in self.coverage.layers:
-            parameters = self._parameters(name)
-            parts = [p.grad.reshape(len(p), -1) for p in parameters if p.grad is not None]
-            if len(parts) == len(parameters):
-                gradients[name] = torch.cat(parts, dim=1)
-            elif parts:
-                raise ValueError(
-                    f"Layer {name!r} has a gradient for its weight or its bias alone, the other's "
-                    ".grad is None. Freeze the other with requires_grad_(False) before the "
-                    "preconditioner is made, or name it in ignore."
-                )
-        if not gradients:
-            raise ValueError(
-                "No covered layer has a gradient. Call loss.backward() before precondition(), and "
-                "zero_grad() after optimizer.step()."
-            )
-        return gradients
-
-    def _clip(
-        self, step: int, gradients: Mapping[str, Tensor], preconditioned: Mapping[str, Tensor]
-    ) -> float:
-        kappa: float | None = self._now("kl_clip", step)
-        if kappa is None:
-            return 1.0
-        lr: float = self._now("lr", step)
-        products = sum(float((gradients[n] * p).sum()) for n, p in preconditioned.items())
-        length = lr**2 * products
-        return min(1.0, sqrt(kappa / length)) if length > 0 else 1.0
-
-    def _parameters(self, name: str) -> list[nn.Parameter]:
-        layer = self.coverage.layers[name]
-        names = ["weight", "bias"] if name in self.coverage.biases else ["weight"]
-        return [getattr(layer, parameter) for parameter in names]
-
-    def _shape(self, name: str) -> tuple[int, int]:
-        parameters = self._parameters(name)
-        return len(parameters[0]), sum(p[0].numel() for p in parameters)
-
     def _kinds(self) -> dict[str, str]:
-        parts = {"loss": self.criterion, "flavour": self.fisher, "sharing": self.sharing}
         adaptive = isinstance(self.damping, LevenbergMarquardt)
-        kinds = {kind: type(part).__name__ for kind, part in parts.items()}
-        return {**kinds, "damping": "adaptive" if adaptive else "of fixed or scheduled δ"}
-
-    def _check_layers(self, saved: Mapping[str, Any]) -> None:
-        for name in [*self.coverage.layers, *saved]:
-            if name not in saved or name not in self.coverage.layers:
-                has, lacks = ("net", "state") if name not in saved else ("state", "net")
-                raise ValueError(
-                    f"The state is that of another net: layer {name!r} is in the {has}, but not "
-                    f"in the {lacks}. The net's layers are {list(self.coverage.layers)}."
-                )
-            for factor, D in zip(("gg", "xx"), self._shape(name), strict=True):
-                shape = None if saved[name][factor] is None else tuple(saved[name][factor].shape)
-                if shape not in (None, (D, D)):
-                    raise ValueError(
-                        f"The state is that of another net: layer {name!r} has factors of shape "
-                        f"{shape} in it, here {(D, D)}."
-                    )
-
-    def _unpacked(self, name: str, packed: Mapping[str, Any]) -> FactorSums:
-        weight = self._parameters(name)[0]
-        sums = FactorSums(self.sharing)
-        sums.S, sums.vectors, sums.count = packed["S"], packed["vectors"], Count(*packed["count"])
-        sums.xx = None if packed["xx"] is None else packed["xx"].to(weight)
-        sums.gg = None if packed["gg"] is None else packed["gg"].to(weight)
-        return sums
-
-    def _element(self, name: str, parts: Mapping[str, Tensor]) -> Element:
-        weight = self._parameters(name)[0]
-        dtype = _wide(weight.dtype)
-        kind = Kronecker if "A" in parts else EigenKronecker
-        return kind(**{key: part.to(weight.device, dtype) for key, part in parts.items()})
-
-
-def predicted_decrease(
-    model: nn.Module,
-    loss_func: nn.Module | Criterion,
-    data: tuple[Any, Tensor],
-    step: Mapping[str, Tensor],
-    delta: float = 0.0,
-) -> float:
-    """The decrease −(⟨g, s⟩ + ½ ⟨s, (G + δ I) s⟩) that the damped quadratic model promises.
-
-    See :ref:`damp-adaptive`. g is the gradient and G the exact GGN of the loss at the present
-    parameters, by one product; no KFAC is involved. What
-    :meth:`LevenbergMarquardt.update <kfac_lib.LevenbergMarquardt.update>` needs, computed *before*
-    the step is taken.
-
-    Args:
-        model: Network.
-        loss_func: A supported loss, or a criterion.
-        data: One pair (X, y).
-        step: s, what is added to each parameter, by its name; parameters that are not named do
-            not move. For plain gradient descent ``{name: -lr * p.grad}``.
-        delta: δ ≥ 0, that of the damping.
-
-    Returns:
-        The decrease, in units of the loss.
-
-    Raises:
-        ValueError: If a name or a shape does not fit, δ is negative or not finite, or the data
-            are bad.
-        TypeError: If loss or data are of the wrong kind.
-
-    Example:
-        >>> model = nn.Linear(1, 1, bias=False)
-        >>> with torch.no_grad():
-        ...     _ = model.weight.fill_(3.0)  # the loss is w², with gradient 6 and GGN 2
-        >>> data, step = (torch.ones(1, 1), torch.zeros(1, 1)), {"weight": torch.tensor([[-3.0]])}
-        >>> predicted_decrease(model, nn.MSELoss(), data, step)
-        9.0
-    """
-    criterion = criterion_of(loss_func)
-    check_per_datum(model)
-    Exact(delta)
-    trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    for name, s in step.items():
-        if name not in trainable:
-            raise ValueError(
-                f"step: there is no trainable parameter {name!r}. They are {list(trainable)}."
-            )
-        if s.shape != trainable[name].shape:
-            raise ValueError(
-                f"step: {name!r} has shape {tuple(s.shape)}, the parameter "
-                f"{tuple(trainable[name].shape)}."
-            )
-    ((X, y),) = batches([data])
-    with torch.enable_grad():
-        f = model(X)
-        criterion.check(f, y)
-        loss = criterion.reduction_factor(criterion.denominator(f, y)) * criterion.value(f, y)
-        parameters = [trainable[name] for name in step]
-        found = torch.autograd.grad(loss, parameters, retain_graph=True, allow_unused=True)
-        # Parameters that the loss does not depend on enter by the damping alone.
-        reached = [name for name, g in zip(step, found, strict=True) if g is not None]
-        g = [gradient for gradient in found if gradient is not None]
-        s_reached = [step[name].detach().to(trainable[name]) for name in reached]
-        Gs = ggnvp(loss, f, [trainable[n] for n in reached], s_reached) if reached else ()
-    linear = sum(float((a * b).sum()) for a, b in zip(g, s_reached, strict=True))
-    quadratic = sum(float((a * b).sum()) for a, b in zip(Gs, s_reached, strict=True))
-    length = sum(float((v.detach() ** 2).sum()) for v in step.values())
-    return -(linear + 0.5 * (quadratic + delta * length))
-
-
-def _check_option(option: str, value: Any, where: str = "") -> None:
-    number = isinstance(value, Real) and not isinstance(value, bool)
-    whole = number and isinstance(value, Integral) and int(value) >= 1
-    good, hint = {
-        "damping": (
-            hasattr(value, "inverse") and hasattr(value, "delta") and not isinstance(value, type),
-            "an object such as Exact(1e-3)",
-        ),
-        "factor_every": (whole, "a positive integer"),
-        "inverse_every": (whole, "a positive integer"),
-        "ema": (number and 0 <= value < 1, "a number from 0 up to, but not, 1"),
-        "kl_clip": (value is None or (number and 0 < value < inf), "a positive number, or None"),
-        "lr": (
-            (value is None and not where) or (number and 0 <= value < inf),
-            "the optimizer's learning rate, a number that is not negative",
-        ),
-    }[option]
-    if not good:
-        error = TypeError if option == "damping" else ValueError
-        raise error(f"{option}={value!r}{where}: use {hint}, or a function of the step.")
-
-
-def _packed(sums: FactorSums) -> dict[str, Any]:
-    parts = {key: getattr(sums, key) for key in ("S", "vectors", "xx", "gg")}
-    return {**parts, "count": tuple(sums.count)}
-
-
-def _wide(dtype: torch.dtype) -> torch.dtype:
-    return torch.promote_types(dtype, torch.float32)
-
-
-def _widened(kronecker: Kronecker) -> Kronecker:
-    """Factors in half precision have no decomposition, and are taken in single."""
-    dtype = _wide(kronecker.A.dtype)
-    return Kronecker(kronecker.A.to(dtype), kronecker.B.to(dtype))
+        return {
+            "approximation": self.approximation,
+            "loss": type(self.criterion).__name__,
+            "flavour": type(self.fisher).__name__,
+            "sharing": sharing_in_words(self._sharing_of),
+            "damping": "adaptive" if adaptive else "of fixed or scheduled δ",
+        }

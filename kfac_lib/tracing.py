@@ -67,10 +67,7 @@ class Traced:
     ) -> None:
         if not callable(f):
             raise TypeError(f"The function is a {type(f).__name__}; give f(params, X) or a module.")
-        if not isinstance(params, Mapping) or not all(
-            isinstance(name, str) and isinstance(p, Tensor) for name, p in params.items()
-        ):
-            raise TypeError("params must be a dict of tensors by name.")
+        _check_params(params)
         state = _state(f, params) if isinstance(f, nn.Module) else dict(params)
         buffers = dict(f.named_buffers(remove_duplicate=False)) if isinstance(f, nn.Module) else {}
         variables = {n: p for n, p in params.items() if n not in buffers and _varies(n, p)}
@@ -159,6 +156,7 @@ class Traced:
         if not graph.verified:
             graph.verify_sums({n: self._leaves[i] for n, i in self._wanted.items()}, f, noted)
             graph.verify_order(self._leaves, tensors, f, noted)
+            graph.verify_data(f, noted)
         calls: dict[str, list[Call]] = {key: [] for key in self.coverage.layers}
         for i, call in noted.items():
             if i not in graph.unreached:
@@ -172,10 +170,19 @@ class Traced:
         return f, calls
 
     def _agrees(self, graph: RecordedGraph, form: Form, X: list[Tensor], f: Tensor) -> bool:
-        """Whether the function is still what it was when it was traced: on two of the data."""
+        """Whether the function is still what it was when it was traced.
+
+        Asked on two of the data; if they differ, on all: code may treat their number as special.
+        """
+        flat = self._flat(form)
         some = [x[:2] if data else x for x, data in zip(X, graph.has_data, strict=True)]
         with torch.no_grad():
-            return _same(f[:2], self._flat(form)(*self._leaves, *some))
+            try:
+                if _same(f[:2], flat(*self._leaves, *some)):
+                    return True
+            except Exception:  # whatever code raises that takes no two data
+                pass
+            return _same(f, flat(*self._leaves, *X))
 
     def prepare(self, X: Any) -> None:
         """Trace the function for a batch, so that its coverage is known (:ref:`func-trace`).
@@ -397,8 +404,14 @@ def _state(model: nn.Module, params: Mapping[str, Tensor]) -> dict[str, Tensor]:
     unknown = [name for name in params if name not in own]
     if unknown:
         raise ValueError(
-            f"params: the model has no {', '.join(unknown)}. It has {', '.join(own) or 'none'}."
+            f"params: the model has no {', '.join(map(repr, unknown))}. It has {', '.join(own) or 'none'}."
         )
+    for name, p in params.items():
+        if own[name].is_floating_point() and not p.is_floating_point():
+            raise TypeError(
+                f"params: {name!r} has dtype {p.dtype}, the model's {own[name].dtype}. Give "
+                "floating-point numbers."
+            )
     given = {id(own[name]): p for name, p in params.items()}
     return {
         name: given.get(id(tensor), tensor)
@@ -408,6 +421,21 @@ def _state(model: nn.Module, params: Mapping[str, Tensor]) -> dict[str, Tensor]:
             *module.named_buffers(prefix, recurse=False, remove_duplicate=False),
         )
     }
+
+
+def _check_params(params: Any) -> None:
+    if not isinstance(params, Mapping):
+        raise TypeError(
+            f"params is a {type(params).__name__}; give a dict from name to tensor, such as "
+            "dict(model.named_parameters())."
+        )
+    for name, p in params.items():
+        if not isinstance(name, str):
+            raise TypeError(f"params: the name {name!r} is a {type(name).__name__}, no str.")
+        if not isinstance(p, Tensor):
+            raise TypeError(f"params: {name!r} is a {type(p).__name__}; give a tensor.")
+    if not params:
+        raise ValueError("params is empty; give the parameters that the model has, by name.")
 
 
 def _varies(name: str, parameter: Tensor) -> bool:

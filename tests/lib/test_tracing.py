@@ -650,7 +650,7 @@ def test_modules_that_are_random_or_couple_the_data_are_refused():
 
 def test_names_that_do_not_fit_are_refused():
     model = nn.Linear(4, 2)
-    with pytest.raises(ValueError, match=r"the model has no scale"):
+    with pytest.raises(ValueError, match=r"the model has no 'scale'"):
         Traced(model, {"weight": model.weight, "scale": torch.ones(2)})
     with pytest.raises(ValueError, match=r"matches no layer or parameter"):
         Traced(model, named(model), ignore="fc")
@@ -767,7 +767,7 @@ REFUSED = {
         lambda p, X: (X @ p["W"].T,), {"W": W}, X5, TypeError, r"returned a tuple"),
     "complex": (
         lambda p, X: (X @ p["W"].T).real, {"W": W + 0j}, X5, NotImplementedError, r"'W'.*complex"),
-    "no tensors": (lambda p, X: X, {"W": [1.0]}, X5, TypeError, r"dict of tensors"),
+    "no tensors": (lambda p, X: X, {"W": [1.0]}, X5, TypeError, r"'W' is a list"),
     "X of another kind": (
         lambda p, X: X.x @ p["W"].T, {"W": W}, type("Batch", (), {"x": X5})(),
         TypeError, r"X holds a Batch"),
@@ -808,3 +808,48 @@ def test_the_verification_notices_a_use_that_is_not_seen(monkeypatch):
     params = {"W": torch.randn(4, 4)}
     with pytest.raises(NotImplementedError, match=r"derivative by 'W' is not the sum"):
         Traced(lambda p, X: (X @ p["W"]).sin() @ p["W"], params).run(torch.randn(5, 4))
+
+
+@pytest.mark.parametrize("mix", [lambda h: h - h.mean(0), lambda h: h + h.cumsum(0)])
+def test_data_that_mix_behind_an_operation_are_refused(mix):
+    params, X = {"W": torch.randn(2, 4)}, torch.randn(5, 4)
+    with pytest.raises(ValueError, match="other data"):
+        Traced(lambda p, X: mix(X @ p["W"].T), params).run(X)
+
+
+def test_a_function_that_changes_is_traced_anew():
+    params, X, scale = {"W": torch.randn(2, 4)}, torch.randn(5, 4), [1.0]
+
+    def f(params, X):
+        return scale[0] * (X @ params["W"].T)
+
+    first, _ = Traced(f, params).run(X)
+    scale[0] = 3.0
+    again, _ = Traced(f, params).run(X)
+    torch.testing.assert_close(again, 3 * first)
+
+
+def test_a_second_source_of_a_function_uses_its_trace():
+    entered, X = [], torch.randn(5, 4)
+
+    def f(params, X):
+        entered.append(len(entered))
+        return X @ params["W"].T
+
+    for N in (5, 5, 3):
+        params = {"W": torch.randn(2, 4)}
+        found, _ = Traced(f, params).run(X[:N])
+        torch.testing.assert_close(found.detach(), X[:N] @ params["W"].T)
+    # twice to trace; then once each, on two data, to compare
+    assert len(entered) == 4
+
+
+def test_traces_end_with_their_function():
+    from kfac_lib.tracing import _KNOWN
+
+    before = len(_KNOWN)
+    f = lambda params, X: X @ params["W"].T  # noqa: E731
+    Traced(f, {"W": torch.randn(2, 4)}).run(torch.randn(5, 4))
+    assert len(_KNOWN) == before + 1
+    del f
+    assert len(_KNOWN) == before
