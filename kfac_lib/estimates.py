@@ -95,7 +95,7 @@ def averaged_weight(weight: float, beta: float) -> float:
 
 
 def any_counts(batch: Mapping[str, Accumulator]) -> bool:
-    """Whether a datum counts: not all labels are ignored (:ref:`const-counts`).
+    """Whether a datum counts: not all labels are ignored (:ref:`damp-preconditioner`).
 
     Example:
         >>> any_counts({})
