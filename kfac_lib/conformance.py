@@ -13,10 +13,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from kfac_lib.blocks import Block, Part
 from kfac_lib.exact_cases import ExactCase, exact_cases
 from kfac_lib.fisher import MonteCarlo, RandomSigns
 from kfac_lib.flattening import Order, check_order
-from kfac_lib.hypotheses import Block, Part
 from kfac_lib.report import Outcome, Report, Status, explain, measure, truth
 
 DRAWS = 30
@@ -31,10 +31,11 @@ def check_kfac(
     bias: Literal["joint", "separate"] = "joint",
     generator: torch.Generator | None = None,
 ) -> Report:
-    """Check any KFAC for Linear layers against the truth, and say what is wrong with it.
+    """Check any KFAC against the truth, and say what is wrong with it.
 
-    See :ref:`test-kit`. The callable is run on some ninety small nets in float64, where KFAC *is*
-    the curvature block or where its definition is known, each time with a fresh copy. Random
+    See :ref:`test-kit`. The callable is run on some hundred and fifty small nets in float64, where
+    KFAC *is* the curvature block or where its definition is known, each time with a fresh copy:
+    first nets of Linear layers, then convolutions, embeddings and reused layers. Random
     flavours are drawn 30 times and tested in their mean. Nothing that the callable does gets out
     of here: it is reported. The model and the data must come back as they were given, without
     gradients or hooks left on them; numbers are compared all the same.
@@ -43,13 +44,17 @@ def check_kfac(
         fn: Callable ``(model, loss_func, (X, y), fisher, sharing)`` that returns a mapping from
             layer name to a pair (A, B), or to a dense block. ``fisher`` is a flavour of
             :mod:`kfac_lib.fisher`, ``sharing`` is :class:`~kfac_lib.Expand` or
-            :class:`~kfac_lib.Reduce`. What it does not support it refuses by
-            ``NotImplementedError``.
+            :class:`~kfac_lib.Reduce`. What it does not support, such as a kind of layer, it
+            refuses by ``NotImplementedError``.
         output: ``"factors"`` for pairs (A, B), A input-based of shape (D_in [+1], D_in [+1]) and
             B grad-output-based of shape (D_out, D_out), or anything with attributes A and B; only
-            their Kronecker product counts. ``"dense"`` for matrices, or anything with
-            ``to_dense(order)``.
-        order: Flattening of dense blocks; pairs need none.
+            their Kronecker product counts. For a convolution D_in counts the columns of
+            ``weight.flatten(1)``; with groups, give a list of pairs, one for each group, or
+            anything with such ``blocks``. For an Embedding W is ``weight.T``, and A may be given
+            as its diagonal, of shape (D_in,). ``"dense"`` for matrices, with groups one for the
+            whole layer, or anything with ``to_dense(order)``.
+        order: Flattening of dense blocks, on the weight-shaped matrix (D_out, D_in [+1]); pairs
+            need none.
         bias: ``"joint"`` for blocks of [W b] under the layer's name, ``"separate"`` for blocks
             under ``"fc.weight"`` and ``"fc.bias"``.
         generator: Generator of the random flavours; a freshly seeded one when not given.
@@ -69,7 +74,7 @@ def check_kfac(
         True
         >>> def forgets_the_mean(model, loss_func, data, fisher, sharing):
         ...     kfac = KFAC.compute(model, loss_func, data, fisher, sharing)
-        ...     return {name: (len(data[0]) * K.A, K.B) for name, K in kfac.items()}
+        ...     return {name: len(data[0]) * K for name, K in kfac.items()}
         >>> check_kfac(forgets_the_mean).explanation.hypothesis
         'scale N'
     """
@@ -191,11 +196,31 @@ def _as_dense(value: Any, block: Block, dense: bool) -> Tensor:
             else value
         )
         return _checked(matrix, f"block {key!r}")
-    pair = (value.A, value.B) if hasattr(value, "A") and hasattr(value, "B") else value
-    if not isinstance(pair, tuple | list) or len(pair) != 2:
-        raise _UnusableError(f"{key!r} is a {type(value).__name__}, not a pair of factors (A, B)")
-    A, B = (_checked(f, f"factor {n} of {key!r}") for f, n in zip(pair, "AB", strict=True))
-    return block.dense(A, B)
+    pairs = _pairs(getattr(value, "blocks", value), block)
+    if len(pairs) not in (1, block.groups) or len({len(A) for A, _ in pairs}) != 1:
+        raise _UnusableError(
+            f"{key!r} has {len(pairs)} pairs of factors, with A of sizes "
+            f"{[len(A) for A, _ in pairs]}; the layer has {block.groups} groups"
+        )
+    return block.dense(*pairs)
+
+
+def _pairs(value: Any, block: Block) -> list[tuple[Tensor, Tensor]]:
+    """One pair of factors, or one for each group of channels."""
+    if hasattr(value, "A") and hasattr(value, "B"):
+        value = value.A, value.B
+    is_list = isinstance(value, tuple | list)
+    if block.groups > 1 and is_list and not any(isinstance(part, Tensor) for part in value):
+        return [pair for part in value for pair in _pairs(part, block)]
+    if not is_list or len(value) != 2:
+        raise _UnusableError(
+            f"{block.key!r} is a {type(value).__name__}, not a pair of factors (A, B)"
+        )
+    A, B = value
+    if isinstance(block.module, nn.Embedding) and isinstance(A, Tensor) and A.ndim == 1:
+        A = A.diag()
+    name = f"of {block.key!r}"
+    return [(_checked(A, f"factor A {name}"), _checked(B, f"factor B {name}"))]
 
 
 def _checked(matrix: object, name: str) -> Tensor:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from kfac_lib.accumulate import Expand, Reduce, Sharing
 from kfac_lib.fisher import Empirical, Fisher, InputOnly, MonteCarlo, RandomSigns, TypeI, TypeII
+from kfac_lib.layers import is_supported, kind_of
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,6 +50,12 @@ class ExactCase:
         """Whether the flavour draws its vectors."""
         return isinstance(self.fisher, MonteCarlo | RandomSigns)
 
+    @property
+    def kind(self) -> str:
+        """The kind of layer that it takes to run it, ``"Linear"`` if nothing else is in it."""
+        kinds = [kind_of(m).__name__ for m in self.model.modules() if is_supported(m)]
+        return next((kind for kind in kinds if kind != "Linear"), "Linear")
+
     def __repr__(self) -> str:
         loss = type(self.loss_func).__name__
         detail = f"{self.loss_func.reduction}, {self.option}" if self.option else None
@@ -63,20 +70,24 @@ def exact_cases() -> tuple[ExactCase, ...]:
     """All cases, always the same ones (:ref:`test-zoo`).
 
     Returns:
-        Some ninety cases. Do not change their nets; take a ``copy.deepcopy``.
+        Some hundred and fifty cases, those of weights that are shared by convolutions, embeddings
+        and reused layers (:mod:`kfac_lib.sharing_cases`) at the
+        end. Do not change their nets; take a ``copy.deepcopy``.
 
     Example:
         >>> cases = exact_cases()
         >>> cases[0]
         one datum: MSELoss(mean), TypeII(columns='full'), Expand(), X (1, 3)
         >>> len({case.family for case in cases})
-        13
+        26
     """
     return _all_cases()
 
 
 @lru_cache(maxsize=1)
 def _all_cases() -> tuple[ExactCase, ...]:
+    from kfac_lib.sharing_cases import SHARING_FAMILIES  # they build on this module
+
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         return tuple(
@@ -91,13 +102,14 @@ def _all_cases() -> tuple[ExactCase, ...]:
                 _shared,
                 _called_twice,
                 _definition,
+                *SHARING_FAMILIES,
             )
             for case in family()
         )
 
 
 class _Mix(nn.Module):
-    """Mix the positions: F = T_mix Z along axis 1."""
+    """_Mix the positions: F = T_mix Z along axis 1."""
 
     def __init__(self, mixing: Tensor) -> None:
         super().__init__()
@@ -114,16 +126,18 @@ class _ClassesFirst(nn.Module):
         return z.transpose(1, 2)
 
 
-class _OnEachHalf(nn.Module):
-    """Call one module on both halves of the input, one after the other, and join the results."""
+class _OnEachPart(nn.Module):
+    """Call one module on parts of the input, one after the other, and join the results."""
 
-    def __init__(self, twice: nn.Module, join: Callable[..., Any]) -> None:
+    def __init__(
+        self, twice: nn.Module, join: Callable[..., Any], parts: int = 2, axis: int = 1
+    ) -> None:
         super().__init__()
         self.twice, self.join = twice, join
+        self.parts, self.axis = parts, axis
 
     def forward(self, x: Tensor) -> Tensor:
-        left, right = x.chunk(2, dim=1)
-        joined: Tensor = self.join([self.twice(left), self.twice(right)])
+        joined: Tensor = self.join([self.twice(part) for part in x.chunk(self.parts, self.axis)])
         return joined
 
 
@@ -157,8 +171,8 @@ def _losses() -> Iterator[nn.Module]:
             yield kind(reduction=reduction)
 
 
-def _linear_layers(model: nn.Module) -> tuple[str, ...]:
-    return tuple(name for name, m in model.named_modules() if isinstance(m, nn.Linear))
+def _layers(model: nn.Module) -> tuple[str, ...]:
+    return tuple(name for name, m in model.named_modules() if is_supported(m))
 
 
 def _case(
@@ -171,8 +185,8 @@ def _case(
     layers: tuple[str, ...] | None = None,
     option: str = "",
 ) -> ExactCase:
-    known = _linear_layers(model) if layers is None else layers
-    exact = family != "definition"
+    known = _layers(model) if layers is None else layers
+    exact = not family.startswith("definition")
     return ExactCase(family, model, loss, data, fisher, sharing, known, exact, option)
 
 
@@ -300,9 +314,9 @@ def _shared() -> Iterator[ExactCase]:
 
 def _called_twice() -> Iterator[ExactCase]:
     loss, name = nn.MSELoss(), "module called twice"
-    halves = _OnEachHalf(_net(3, 5, 2, activation=nn.Identity), torch.hstack)
+    halves = _OnEachPart(_net(3, 5, 2, activation=nn.Identity), torch.hstack)
     yield _case(name, halves, loss, (_randn(4, 6), _target(loss, 4, 4)))
-    added = _OnEachHalf(_linear(3, 2), sum)
+    added = _OnEachPart(_linear(3, 2), sum)
     yield _case(name, added, loss, (_randn(1, 6), _target(loss, 1, 2)), sharing=Reduce())
 
 

@@ -8,16 +8,19 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from html import escape
-from itertools import combinations
+from itertools import combinations, product
 from typing import Literal, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from kfac_lib.blocks import SCALES, Block
 from kfac_lib.curvature import fisher_blocks
 from kfac_lib.exact_cases import ExactCase
 from kfac_lib.fisher import TypeII
-from kfac_lib.hypotheses import HYPOTHESES, SCALES, Block, predictions
+from kfac_lib.flattening import Order
+from kfac_lib.hypotheses import HYPOTHESES, predictions
+from kfac_lib.layers import as_matrix, is_supported, kind_of, lookup_of
 
 Status = Literal["passed", "failed", "refused"]
 TOLERANCE = 1e-10
@@ -199,19 +202,24 @@ class Report:
         )
 
     def _families(self) -> Iterator[tuple[str, int, int, int, str]]:
-        for family in dict.fromkeys(outcome.case.family for outcome in self.outcomes):
-            of_family = [o for o in self.outcomes if o.case.family == family]
-            counts = Counter(outcome.status for outcome in of_family)
+        # A KFAC of Linear layers refuses the others by the dozen: one row for each kind.
+        answered = {o.case.kind for o in self.outcomes if o.status != "refused"} | {"Linear"}
+        rows: dict[str, list[Outcome]] = {}
+        for o in self.outcomes:
+            row = o.case.family if o.case.kind in answered else f"nets with {o.case.kind}"
+            rows.setdefault(row, []).append(o)
+        for row, outcomes in rows.items():
+            counts = Counter(outcome.status for outcome in outcomes)
             errors = [
                 o.error
-                for o in of_family
+                for o in outcomes
                 if o.error is not None and (o.status == "failed" or not o.case.is_random)
             ]
-            messages = [o.message for o in of_family if o.message]
+            messages = [o.message for o in outcomes if o.message]
             note = _rounded(max(errors)) if errors else ""
             if messages:
                 note = "; ".join(filter(None, (note, _shortened(messages[0]))))
-            yield family, counts["passed"], counts["failed"], counts["refused"], note
+            yield row, counts["passed"], counts["failed"], counts["refused"], note
 
 
 @lru_cache(maxsize=2048)
@@ -235,15 +243,28 @@ def truth(block: Block) -> Tensor:
     if not case.is_exact:
         return block.definition
     fisher = TypeII() if case.is_random else case.fisher
-    blocks = fisher_blocks(case.model, case.loss_func, case.data, fisher, order=block.order)
+    # The weight of an Embedding lies transposed, (D_in, D_out).
+    other: dict[Order, Order] = {"cvec": "rvec", "rvec": "cvec"}
+    order = other[block.order] if lookup_of(block.module) else block.order
+    blocks = fisher_blocks(case.model, case.loss_func, case.data, fisher, order=order)
     joint: Tensor = blocks[block.layer]
-    if block.part == "joint":
+    if block.groups == 1 and block.part == "joint":
         return joint
-    D_out, D_in = case.model.get_parameter(f"{block.layer}.weight").shape
-    is_bias = torch.zeros(D_out, D_in + int(block.has_bias), dtype=torch.bool)
-    is_bias[:, D_in:] = True
-    chosen = (is_bias.T if block.order == "cvec" else is_bias).flatten() == (block.part == "bias")
-    return joint[chosen][:, chosen]
+    weight = as_matrix(block.module, case.model.get_parameter(f"{block.layer}.weight".lstrip(".")))
+    D_out, entries = len(weight), torch.arange(len(joint))
+    D_in = len(joint) // D_out
+    group = torch.arange(D_out) * block.groups // D_out
+    row, column = (
+        (entries % D_out, entries // D_out)
+        if block.order == "cvec"
+        else (entries // D_in, entries % D_in)
+    )
+    apart = joint * (group[row][:, None] == group[row])
+    if block.part == "joint":
+        return apart
+    is_bias = column >= D_in - int(block.has_bias)
+    chosen = is_bias == (block.part == "bias")
+    return apart[chosen][:, chosen]
 
 
 def measure(block: Block, draws: Sequence[Tensor]) -> Measured:
@@ -418,13 +439,19 @@ def _is_rounding(measured: Measured) -> bool:
         return False
     right = truth(measured.block)
     residual = (measured.draws[0] - right).flatten()
-    A, B = measured.block.factors(*measured.block.rows("right"))
-    one_A, one_B = torch.eye(len(A), dtype=A.dtype), torch.eye(len(B), dtype=B.dtype)
-    smooth = torch.stack(
-        [right.flatten()]
-        + [measured.block.dense(a, b).flatten() for a in (A, one_A) for b in (B, one_B)],
-        dim=1,
-    )
+    terms = [right.flatten()]
+    for damped_A, damped_B in product((False, True), repeat=2):
+        pairs = []
+        for block in measured.block.of_groups():
+            A, B = block.factors(*block.rows("right"))
+            pairs.append(
+                (
+                    torch.eye(len(A)).to(A) if damped_A else A,
+                    torch.eye(len(B)).to(B) if damped_B else B,
+                )
+            )
+        terms.append(measured.block.dense(*pairs).flatten())
+    smooth = torch.stack(terms, dim=1)
     fitted = smooth @ torch.linalg.lstsq(smooth, residual.unsqueeze(1)).solution.squeeze(1)
     return bool((residual - fitted).norm() > 0.5 * residual.norm())
 
@@ -432,24 +459,28 @@ def _is_rounding(measured: Measured) -> bool:
 def _attributes(block: Block) -> dict[str, str]:
     case = block.case
     loss = type(case.loss_func).__name__
+    layers = [name for name, m in case.model.named_modules() if is_supported(m)]
     return {
         "loss": f"with {loss}",
         "reduction": f"with reduction={case.loss_func.reduction!r}",
         "flavour": f"with {type(case.fisher).__name__}",
         "sharing": f"with {case.sharing}",
         "option": f"with the option {case.option}" if case.option else "without options",
-        "positions": "with S > 1" if case.data[0].ndim > 2 else "with S = 1",
+        "positions": "with S > 1" if block.sizes["S"] > 1 else "with S = 1",
         "data": "with one datum" if len(case.data[0]) == 1 else "with several data",
-        "layer": "in the last layer"
-        if block.layer == [n for n, m in case.model.named_modules() if isinstance(m, nn.Linear)][-1]
-        else "in layers before the last",
-        "first": "in the first layer"
-        if block.layer == next(n for n, m in case.model.named_modules() if isinstance(m, nn.Linear))
-        else "in layers after the first",
+        "layer": "in the last layer" if block.layer == layers[-1] else "in layers before the last",
+        "first": "in the first layer" if block.layer == layers[0] else "in layers after the first",
         "bias": "with a bias" if block.has_bias else "without bias",
         "part": f"in the block of the {block.part}",
         "family": f"in the case {case.family!r}",
+        "kind": f"in {kind_of(block.module).__name__} layers",
+        "convolution": "in convolutions" if _is_convolution(block) else "outside of convolutions",
+        "groups": "with groups" if block.groups > 1 else "without groups",
     }
+
+
+def _is_convolution(block: Block) -> bool:
+    return kind_of(block.module).__name__.startswith("Conv")
 
 
 def _branch(wrong: Sequence[Measured], right: Sequence[Measured]) -> str | None:

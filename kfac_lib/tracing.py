@@ -404,7 +404,8 @@ def _state(model: nn.Module, params: Mapping[str, Tensor]) -> dict[str, Tensor]:
     unknown = [name for name in params if name not in own]
     if unknown:
         raise ValueError(
-            f"params: the model has no {', '.join(map(repr, unknown))}. It has {', '.join(own) or 'none'}."
+            f"params: the model has no {', '.join(map(repr, unknown))}. It has "
+            f"{', '.join(own) or 'none'}."
         )
     for name, p in params.items():
         if own[name].is_floating_point() and not p.is_floating_point():

@@ -18,6 +18,11 @@ MEANS = "square of the mean against mean of squares"
 OTHER = "type-II against empirical"
 SHARED = "shared axis averaged"
 SOFTMAX = "batch axis softmax"
+PATCHES = "patches cut wrongly"
+COLUMNS = "columns of the kernel reordered"
+GROUPS = "groups not kept apart"
+CALLS = "calls of a reused layer taken apart"
+TOKENS = "tokens miscounted"
 
 # The faults that fall under a hypothesis, with the beginnings of the names that say what is wrong.
 # Decided from the sentences of the zoo. The rest is outside of the list.
@@ -79,6 +84,32 @@ LISTED = {
     "dense without coupling": ["bias separate"],
     "dense separate kron(B, A) as cvec": ["factors swapped"],
     "separate reduce bias as expand": ["scale 1/S"],
+    "shared dense as rvec": ["factors swapped"],
+    "padding mode unread": [PATCHES],
+    "dilation unread": [PATCHES],
+    "stride unread": [PATCHES],
+    "patches of the kernel size alone": [PATCHES],
+    "columns channels last": [COLUMNS],
+    "kernel turned": [COLUMNS],
+    "conv gradients reshaped": ["channels and positions confused"],
+    "conv B without S": ["scale S"],
+    "conv sharings swapped": [SHARED],
+    "conv 1 at the front": [PLACES],
+    "groups share a mean": [GROUPS],
+    "first group for all": [GROUPS],
+    "groups unread": [GROUPS],
+    "groups as positions": [GROUPS],
+    "groups in turn": [GROUPS],
+    "first call kept": ["first call only of a reused layer"],
+    "last call kept": ["last call only of a reused layer"],
+    "factors averaged over calls": [CALLS],
+    "input overwritten by calls": [CALLS],
+    "padding token counted": [TOKENS],
+    "padding left out of B": [TOKENS],
+    "counts squared": [TOKENS],
+    "tokens seen or not": [TOKENS],
+    "embedding reduce by counts": [SHARED],
+    "embedding as it lies": ["factors swapped"],
 }
 
 

@@ -8,6 +8,7 @@ and nothing else. `RIGHT` has the recipe without faults, in every form of the ou
 """
 
 import copy
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from math import sqrt
@@ -21,6 +22,8 @@ LOSSES = {nn.MSELoss: "MSE", nn.CrossEntropyLoss: "CE", nn.BCEWithLogitsLoss: "B
 
 class Recipe:
     """KFAC, step by step. The prediction is seen as (N, K, T), a layer's rows as (N, S, D)."""
+
+    KINDS = (nn.Linear,)
 
     def __init__(self, model, loss_func, data, fisher, sharing):
         self.model, self.loss, self.fisher = model, loss_func, fisher
@@ -47,11 +50,15 @@ class Recipe:
             raise NotImplementedError(self.flavour)
         if self.sharing not in ("Expand", "Reduce"):
             raise NotImplementedError(self.sharing)
+        for layer in self.model.modules():
+            own = any(True for _ in layer.parameters(recurse=False))
+            if own and not isinstance(layer, self.KINDS):
+                raise NotImplementedError(f"a layer of the kind {type(layer).__name__}")
 
     # Forward pass.
 
     def forward(self):
-        self.layers = {n: m for n, m in self.model.named_modules() if isinstance(m, nn.Linear)}
+        self.layers = {n: m for n, m in self.model.named_modules() if isinstance(m, self.KINDS)}
         self.inputs, self.graph_inputs, self.outputs = {}, {}, {}
         handles = [
             layer.register_forward_hook(
@@ -1495,3 +1502,419 @@ class DenseSeparateBiasOfTheDiagonal(DenseSeparate):
         if key in blocks:
             blocks[key] = blocks[key].diag().diag()
         return blocks
+
+
+# ---------------------------------------------------------------------------------------------
+# Shared weights: convolutions, groups, embeddings, layers that are called several times.
+
+
+class Shared(Recipe):
+    """KFAC of every layer, one group of channels after the other; calls are joined along S.
+
+    The patches come from torch's own convolution, with an identity for its kernel.
+    """
+
+    KINDS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Embedding)
+
+    def run(self):
+        self.check()
+        with torch.enable_grad():
+            self.forward()
+            self.look_at_targets()
+            self.g = self.gradients(self.deltas())
+        result = {}
+        for name, layer in self.layers.items():
+            pairs = []
+            for self.group in range(getattr(layer, "groups", 1)):
+                pairs.append(self.finish(name, self.A(name), self.B(name)))
+            result[name] = self.together(name, pairs)
+        return result
+
+    def together(self, name, pairs):
+        return pairs[0] if len(pairs) == 1 else pairs
+
+    def forward(self):
+        self.layers = {n: m for n, m in self.model.named_modules() if isinstance(m, self.KINDS)}
+        self.inputs = {name: [] for name in self.layers}
+        self.outputs = {}
+        handles = [
+            layer.register_forward_hook(
+                lambda layer, args, z, name=name: self.remember(name, args[0], z)
+            )
+            for name, layer in self.layers.items()
+        ]
+        try:
+            self.f = self.call()
+        finally:
+            for handle in handles:
+                handle.remove()
+        self.names = list(self.layers)
+        K = self.f.shape[1]
+        self.logits = self.f.detach().reshape(len(self.f), K, -1)
+
+    def remember(self, name, x, z):
+        self.outputs[name, len(self.inputs[name])] = z
+        self.inputs[name].append(x.detach().clone())
+        return z.clone()
+
+    def gradients(self, deltas):
+        found = {key: [] for key in self.outputs}
+        for delta in deltas:
+            grads = torch.autograd.grad(
+                self.f, list(self.outputs.values()), delta.reshape(self.f.shape), retain_graph=True
+            )
+            for key, g in zip(found, grads, strict=True):
+                found[key].append(self.output_rows(key[0], g)[self.keep])
+        return {key: torch.stack(gs) for key, gs in found.items()}
+
+    def is_conv(self, name):
+        return type(self.layers[name]).__name__.startswith("Conv")
+
+    def output_rows(self, name, g):
+        if self.is_conv(name):
+            return self.channels_last(g.flatten(2))
+        return g.reshape(len(g), -1, g.shape[-1])
+
+    def channels_last(self, g):
+        return g.transpose(1, 2)
+
+    def calls(self, name):
+        return range(len(self.inputs[name]))
+
+    def vectors(self, name):
+        g = torch.cat([self.g[name, call] for call in self.calls(name)], 2)
+        return self.of_group(g, getattr(self.layers[name], "groups", 1), -1)
+
+    def of_group(self, tensor, groups, axis):
+        return tensor.chunk(groups, axis)[self.group]
+
+    def has_bias(self, name):
+        return getattr(self.layers[name], "bias", None) is not None
+
+    def raw(self, name):
+        return torch.cat([self.raw_call(name, call) for call in self.calls(name)], 1)
+
+    def raw_call(self, name, call):
+        layer, x = self.layers[name], self.inputs[name][call]
+        if isinstance(layer, nn.Embedding):
+            return self.one_hot_rows(layer, x.reshape(len(x), -1))
+        if self.is_conv(name):
+            return self.patches(layer, self.of_group(x, layer.groups, 1))
+        return x.reshape(len(x), -1, x.shape[-1])
+
+    def one_hot_rows(self, layer, tokens):
+        x = one_hot(tokens, layer.num_embeddings).double()
+        if layer.padding_idx is not None:
+            x[..., layer.padding_idx] = 0
+        return x
+
+    def options(self, layer):
+        return {
+            "stride": layer.stride,
+            "padding": layer.padding,
+            "dilation": layer.dilation,
+            "padding_mode": layer.padding_mode,
+        }
+
+    def patches(self, layer, x):
+        C, D = x.shape[1], x.shape[1] * layer.weight[0, 0].numel()
+        probe = type(layer)(
+            C, D, layer.kernel_size, bias=False, dtype=x.dtype, **self.options(layer)
+        )
+        eye = torch.eye(D, dtype=x.dtype).reshape(probe.weight.shape)
+        probe.weight = nn.Parameter(eye, requires_grad=False)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # "same" padding of an even kernel
+            return self.columns(probe(x).flatten(2).transpose(1, 2), layer)
+
+    def columns(self, x, layer):
+        return x
+
+    def rows(self, name):
+        x = self.raw(name)[self.keep]
+        return self.append(x) if self.has_bias(name) else x
+
+
+class SharedSeparate(Shared):
+    """Factors for weight and bias apart."""
+
+    def run(self):
+        result = {}
+        for name, found in super().run().items():
+            pairs = found if isinstance(found, list) else [found]
+            parts = {"weight": slice(None)}
+            if self.has_bias(name):
+                parts = {"weight": slice(-1), "bias": slice(-1, None)}
+            for part, of_A in parts.items():
+                split = [(A[of_A, of_A], B) for A, B in pairs]
+                result[parameter(name, part)] = split if len(split) > 1 else split[0]
+        return result
+
+
+class SharedDense(Shared):
+    """Dense blocks of all groups, cvec order: entry (i, o), (j, p) of A_ij B_op."""
+
+    def together(self, name, pairs):
+        I, O = len(pairs[0][0]), len(pairs[0][1])
+        block = torch.zeros(I, len(pairs) * O, I, len(pairs) * O, dtype=torch.float64)
+        for group, (A, B) in enumerate(pairs):
+            o = slice(group * O, (group + 1) * O)
+            block[:, o, :, o] = torch.einsum("ij,op->iojp", A, B)
+        return block.reshape(I * len(pairs) * O, -1)
+
+
+RIGHT += [
+    Wrong("right, shared", as_function(Shared), ""),
+    Wrong("right, shared, separate", as_function(SharedSeparate), "", bias="separate"),
+    Wrong("right, shared, dense", as_function(SharedDense), "", "dense"),
+]
+
+
+@wrong(
+    "shared dense as rvec", "Every layer, groups too: cvec order is called rvec.", "dense", "rvec"
+)
+class SharedDenseAsRvec(SharedDense):
+    pass
+
+
+@wrong("padding mode unread", "Convolution: whatever the padding mode, A is of patches with zeros.")
+class PaddingModeUnread(Shared):
+    def options(self, layer):
+        return super().options(layer) | {"padding_mode": "zeros"}
+
+
+@wrong("dilation unread", "Convolution: the patches of A have dilation 1.")
+class DilationUnread(Shared):
+    def options(self, layer):
+        return super().options(layer) | {"dilation": 1}
+
+
+@wrong("stride unread", "Convolution: the patches of A have stride 1, and there are more of them.")
+class StrideUnread(Shared):
+    def options(self, layer):
+        return (
+            super().options(layer) | {"stride": 1}
+            if layer.padding != "same"
+            else {"padding": "same", "padding_mode": layer.padding_mode}
+        )
+
+
+@wrong("patches of the kernel size alone", "Convolution: no option but the kernel's size is read.")
+class PatchesOfTheKernelSizeAlone(Shared):
+    def options(self, layer):
+        return {}
+
+
+@wrong("replicate for reflect", "Convolution: reflect padding is done as replicate padding in A.")
+class ReplicateForReflect(Shared):
+    def options(self, layer):
+        options = super().options(layer)
+        if layer.padding_mode == "reflect":
+            options["padding_mode"] = "replicate"
+        return options
+
+
+@wrong("columns channels last", "Convolution: columns of A are ordered (k₁, k₂, ..., C_in).")
+class ColumnsChannelsLast(Shared):
+    def columns(self, x, layer):
+        k = layer.weight[0, 0].numel()
+        return x.unflatten(-1, (-1, k)).transpose(-1, -2).flatten(-2)
+
+
+@wrong("kernel turned", "Convolution: the columns of every channel run backwards.")
+class KernelTurned(Shared):
+    def columns(self, x, layer):
+        return x.unflatten(-1, (-1, layer.weight[0, 0].numel())).flip(-1).flatten(-2)
+
+
+@wrong("centre of the kernel alone", "Convolution: only the middle column of each channel is kept.")
+class CentreOfTheKernelAlone(Shared):
+    def columns(self, x, layer):
+        k = layer.weight[0, 0].numel()
+        middle = torch.zeros(k, dtype=x.dtype)
+        middle[k // 2] = 1
+        return (x.unflatten(-1, (-1, k)) * middle).flatten(-2)
+
+
+@wrong("patches centred", "Convolution: each patch has its mean subtracted.")
+class PatchesCentred(Shared):
+    def columns(self, x, layer):
+        return x - x.mean(-1, keepdim=True)
+
+
+@wrong("conv gradients reshaped", "Convolution: g (N, C, S) is reshaped to (N, S, C), unpermuted.")
+class ConvGradientsReshaped(Shared):
+    def channels_last(self, g):
+        return g.reshape(len(g), g.shape[2], g.shape[1])
+
+
+@wrong("conv B without S", "Convolution, expand: B is divided by N and not by the positions S.")
+class ConvBWithoutS(Shared):
+    def finish(self, name, A, B):
+        expand = self.is_conv(name) and self.sharing == "Expand"
+        return A, B * (self.rows(name).shape[1] if expand else 1)
+
+
+@wrong("conv sharings swapped", "Convolution: expand is done as reduce and reduce as expand.")
+class ConvSharingsSwapped(Shared):
+    def finish(self, name, A, B):
+        if not self.is_conv(name):
+            return A, B
+        given = self.sharing
+        self.sharing = {"Expand": "Reduce", "Reduce": "Expand"}[given]
+        pair = self.A(name), self.B(name)
+        self.sharing = given
+        return pair
+
+
+@wrong("conv 1 at the front", "Convolution: the 1 for the bias stands in front of the patch.")
+class ConvOneAtTheFront(Shared):
+    def rows(self, name):
+        x = super().rows(name)
+        return x.roll(1, -1) if self.is_conv(name) and self.has_bias(name) else x
+
+
+@wrong("groups share a mean", "Groups: every group gets the mean of all groups' factors.")
+class GroupsShareAMean(Shared):
+    def together(self, name, pairs):
+        A, B = (torch.stack(factors).mean(0) for factors in zip(*pairs, strict=True))
+        return super().together(name, [(A, B)] * len(pairs))
+
+
+@wrong("first group for all", "Groups: every group gets the factors of the first.")
+class FirstGroupForAll(Shared):
+    def together(self, name, pairs):
+        return super().together(name, pairs[:1] * len(pairs))
+
+
+class AllChannels(Shared):
+    def of_group(self, tensor, groups, axis):
+        return tensor
+
+
+@wrong("groups unread", "Groups: patches and gradients are of all channels, as for one group.")
+class GroupsUnread(AllChannels):
+    def together(self, name, pairs):
+        return pairs[0]
+
+
+@wrong("groups as positions", "Groups: one A, of the groups as further positions; one B of all.")
+class GroupsAsPositions(Shared):
+    def vectors(self, name):
+        return torch.cat([self.g[name, call] for call in self.calls(name)], 2)
+
+    def together(self, name, pairs):
+        return sum(A for A, _ in pairs), pairs[0][1]
+
+
+@wrong("groups in turn", "Groups: channel c belongs to group c mod G, in place of blocks.")
+class GroupsInTurn(Shared):
+    def of_group(self, tensor, groups, axis):
+        places = torch.arange(self.group, tensor.shape[axis], groups)
+        return tensor.index_select(axis, places)
+
+
+@wrong("first call kept", "A layer that is called several times keeps its first call only.")
+class FirstCallKept(Shared):
+    def calls(self, name):
+        return [0]
+
+
+@wrong("last call kept", "A layer that is called several times keeps its last call only.")
+class LastCallKept(Shared):
+    def calls(self, name):
+        return [len(self.inputs[name]) - 1]
+
+
+@wrong("factors averaged over calls", "Called several times: the mean of the factors of each call.")
+class FactorsAveragedOverCalls(Shared):
+    def finish(self, name, A, B):
+        pairs, calls = [], self.calls
+        for call in calls(name):
+            self.calls = lambda name, call=call: [call]
+            pairs.append((self.A(name), self.B(name)))
+        self.calls = calls
+        return tuple(torch.stack(factors).mean(0) for factors in zip(*pairs, strict=True))
+
+
+@wrong("input overwritten by calls", "Called several times: A of the last call, B of all of them.")
+class InputOverwrittenByCalls(Shared):
+    def raw(self, name):
+        return self.raw_call(name, len(self.inputs[name]) - 1)
+
+
+@wrong(
+    "gradients added over calls", "Called several times: g is the sum of the calls' g, if it can."
+)
+class GradientsAddedOverCalls(Shared):
+    def vectors(self, name):
+        g = [self.g[name, call] for call in self.calls(name)]
+        if len({one.shape for one in g}) > 1 or len(g) == 1:
+            return super().vectors(name)
+        return sum(g)
+
+
+@wrong("padding token counted", "Embedding: padding_idx is a token like any other in A.")
+class PaddingTokenCounted(Shared):
+    def one_hot_rows(self, layer, tokens):
+        return one_hot(tokens, layer.num_embeddings).double()
+
+
+@wrong("padding left out of B", "Embedding: g at padding_idx is left out of B.")
+class PaddingLeftOutOfB(Shared):
+    def vectors(self, name):
+        g = super().vectors(name)
+        if not isinstance(self.layers[name], nn.Embedding):
+            return g
+        return g * self.rows(name).sum(-1, keepdim=True)
+
+
+@wrong("counts squared", "Embedding: A is R times the squares of the tokens' counts.")
+class CountsSquared(Shared):
+    def finish(self, name, A, B):
+        if not isinstance(self.layers[name], nn.Embedding):
+            return A, B
+        counts = self.rows(name).sum((0, 1))
+        return self.R() * (counts**2).diag(), B
+
+
+@wrong(
+    "tokens seen or not", "Embedding: A is R for a token that occurs, and 0 for one that does not."
+)
+class TokensSeenOrNot(Shared):
+    def finish(self, name, A, B):
+        if not isinstance(self.layers[name], nn.Embedding):
+            return A, B
+        return self.R() * (self.rows(name).sum((0, 1)) > 0).double().diag(), B
+
+
+@wrong(
+    "embedding reduce by counts", "Embedding, reduce: A is the diagonal of counts, as of expand."
+)
+class EmbeddingReduceByCounts(Shared):
+    def finish(self, name, A, B):
+        if isinstance(self.layers[name], nn.Embedding):
+            A = self.R() * self.rows(name).sum((0, 1)).diag()
+        return A, B
+
+
+@wrong(
+    "embedding as it lies", "Embedding: factors of the weight as it lies, (D_in, D_out): (B, A)."
+)
+class EmbeddingAsItLies(Shared):
+    def finish(self, name, A, B):
+        return (B, A) if isinstance(self.layers[name], nn.Embedding) else (A, B)
+
+
+@wrong("counts add-one", "Embedding: every count has 1 added, as if each token had been seen.")
+class CountsAddOne(Shared):
+    def finish(self, name, A, B):
+        if not isinstance(self.layers[name], nn.Embedding):
+            return A, B
+        return A + self.R() * torch.eye(len(A), dtype=A.dtype), B
+
+
+@wrong("border dropped", "Convolution: the first position of every patch row is left out of A.")
+class BorderDropped(Shared):
+    def columns(self, x, layer):
+        return x[:, 1:] if x.shape[1] > 1 else x
