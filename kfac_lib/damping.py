@@ -127,8 +127,8 @@ class LevenbergMarquardt:
     See :ref:`damp-adaptive`. Usable wherever a damping is. After a step, ρ is the decrease of the
     loss over the decrease that the model had promised
     (:func:`~kfac_lib.quadratic.predicted_decrease`). Where ρ is low the model was not to be
-    trusted, and δ is multiplied by ``factor``; where it is high, δ is divided by it (Moré 1978; Martens
-    and Grosse 2015, section 6.5).
+    trusted, and δ is multiplied by ``factor``; where it is high, δ is divided by it (Moré 1978;
+    Martens and Grosse 2015, section 6.5).
 
     Args:
         damping: Form and first δ: :class:`Exact`, :class:`Factored` or :class:`Plain`.
