@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-LIBRARIES = ("kfac_lib", "curvlinops", "nngeometry")
+LIBRARIES = ("kfac_lib", "traced", "curvlinops", "nngeometry")
 
 
 def table(benchmarks: list[dict[str, Any]]) -> str:

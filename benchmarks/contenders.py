@@ -91,14 +91,23 @@ class Work:
         return kind if self.sharing == "expand" else f"{kind}, {self.sharing}"
 
 
-def ours(problem: Problem, work: Work) -> Callable[[], Factors]:
+def traced(problem: Problem, work: Work) -> Callable[[], Factors]:
+    """Ours from a traced graph; traced once, outside of what is timed."""
+    return ours(problem, work, params=dict(problem.model.named_parameters()))
+
+
+def ours(
+    problem: Problem, work: Work, params: dict[str, Tensor] | None = None
+) -> Callable[[], Factors]:
     fisher = {"type-II": TypeII(), "Monte Carlo": MonteCarlo(1), "empirical": Empirical()}
     sharing = {"expand": Expand(), "reduce": Reduce()}[work.sharing]
     kind = EKFAC if work.ekfac else KFAC
 
     def run() -> Factors:
         data = (problem.X, problem.y)
-        blocks = kind.compute(problem.model, problem.loss_func, data, fisher[work.flavour], sharing)
+        blocks = kind.compute(
+            problem.model, problem.loss_func, data, fisher[work.flavour], sharing, params=params
+        )
         return [_parts(block) for block in blocks.values()]
 
     return run
@@ -160,7 +169,12 @@ def nngeometry(problem: Problem, work: Work) -> Callable[[], Factors]:
     return run
 
 
-CONTENDERS = {"kfac_lib": ours, "curvlinops": curvlinops, "nngeometry": nngeometry}
+CONTENDERS = {
+    "kfac_lib": ours,
+    "traced": traced,
+    "curvlinops": curvlinops,
+    "nngeometry": nngeometry,
+}
 
 
 def same_products(one: Factors, other: Factors) -> float:
