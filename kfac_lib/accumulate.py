@@ -337,6 +337,18 @@ class EigenSums:
         result.sums = None if self.sums is None else [weight * total for total in self.sums]
         return result
 
+    def turned(self, basis: Sequence[EigenKronecker]) -> "EigenSums":
+        """Return the sums in another basis: the diagonal there of what they are a diagonal of here.
+
+        (Q_B′ᵀ Q_B)² S (Q_Aᵀ Q_A′)² with entrywise squares; the total of all entries stays.
+        """
+        result = EigenSums(basis, self.part)
+        result.count = self.count
+        if self.sums is not None:
+            triples = zip(self.basis, result.basis, self.sums, strict=True)
+            result.sums = [_turned(total, old, new) for old, new, total in triples]
+        return result
+
     def finish(self, criterion: Criterion) -> EigenKronecker | BlockDiagonal:
         """Return the element with the corrected eigenvalues, R times the sums.
 
@@ -374,6 +386,13 @@ def _eigh(block: Kronecker | EigenKronecker) -> EigenKronecker:
     eigen = Kronecker(block.A.to(wide), block.B.to(wide)).eigh()
     Q_A = None if eigen.Q_A is None else eigen.Q_A.to(dtype)
     return EigenKronecker(Q_A, eigen.Q_B.to(dtype), eigen.eigenvalues.to(dtype))
+
+
+def _turned(total: Tensor, old: EigenKronecker, new: EigenKronecker) -> Tensor:
+    total = (new.Q_B.T @ old.Q_B).square() @ total
+    if old.Q_A is None or new.Q_A is None:
+        return total
+    return total @ (old.Q_A.T @ new.Q_A).square()
 
 
 def _same_bases(these: Sequence[EigenKronecker], those: Sequence[EigenKronecker]) -> bool:

@@ -31,14 +31,18 @@ Approximation = Literal["kfac", "ekfac", "nearest"]
 class EigenAverage:
     """The average of KFAC's factors, and in their basis that of EKFAC's eigenvalues.
 
-    See :ref:`ekfac-preconditioner`. A sum of squares belongs to the basis in which it was taken,
-    so it cannot be carried over into a new one: there the eigenvalues begin anew, with one batch.
+    See :ref:`ekfac-preconditioner`. A sum of squares belongs to the basis in which it was taken.
+    When the basis changes, the average over the batches before the newest is turned into the new
+    one (:meth:`EigenSums.turned <kfac_lib.accumulate.EigenSums.turned>`), and the newest is run
+    again and added, exact there.
 
     Args:
         factors: The average of the factors, of which the next basis is made.
         squares: For each layer the weighted raw sums of squares in the present basis; empty
             before the first.
         squares_weight: Sum of the weights of the batches in them.
+        past: The same without the newest batch.
+        past_weight: Sum of its weights.
 
     Example:
         >>> from kfac_lib import Expand
@@ -50,6 +54,8 @@ class EigenAverage:
     factors: FactorAverage
     squares: Mapping[str, EigenSums] = field(default_factory=dict)
     squares_weight: float = 0.0
+    past: Mapping[str, EigenSums] = field(default_factory=dict)
+    past_weight: float = 0.0
 
     @property
     def weight(self) -> float:
@@ -74,12 +80,14 @@ class EigenAverage:
             self.factors.plus(batch, beta),
             averaged(self.squares, squares, beta),
             averaged_weight(self.squares_weight, beta),
+            {name: mine.scaled(beta) for name, mine in self.squares.items()},
+            beta * self.squares_weight,
         )
 
     def renewed(
         self, criterion: Criterion, feed: Feed | None, beta: float
     ) -> "EigenAverage | None":
-        """Return the average in the basis of the present factors, begun anew with one batch.
+        """Return the average in the basis of the present factors.
 
         Args:
             criterion: The criterion.
@@ -108,8 +116,12 @@ class EigenAverage:
             )
         for name, of_layer in squares.items():
             require_finite(name, *(total.flatten() for total in of_layer.sums or ()))
-        scaled = {name: of_layer.scaled(1 - beta) for name, of_layer in squares.items()}
-        return replace(self, squares=scaled, squares_weight=1 - beta)
+        past = {name: of_layer.turned(squares[name].basis) for name, of_layer in self.past.items()}
+        totals = {name: of_layer.scaled(1 - beta) for name, of_layer in squares.items()}
+        for name, of_layer in past.items():
+            totals[name].merge(of_layer)
+        weight = self.past_weight + 1 - beta
+        return replace(self, squares=totals, squares_weight=weight, past=past)
 
     def elements(self, criterion: Criterion) -> dict[str, Element]:
         """Return the present basis with the present eigenvalues."""
@@ -123,11 +135,15 @@ class EigenAverage:
         state = self.factors.state()
         for name, packed in state["sums"].items():
             mine = self.squares.get(name)
+            past = self.past.get(name)
             packed["squares"] = mine and {
                 "weight": self.squares_weight,
                 "count": tuple(mine.count),
                 "sums": mine.sums,
                 "basis": pack(BlockDiagonal(mine.basis)),
+                "past_weight": self.past_weight,
+                "past_count": past and tuple(past.count),
+                "past_sums": past and past.sums,
             }
         return state
 
@@ -138,6 +154,7 @@ class EigenAverage:
             ValueError: If a shape is another one.
         """
         squares, total = {}, 0.0
+        past, past_total = {}, 0.0
         for name in self.factors.sums:
             saved = state["sums"][name]["squares"]
             if saved is None:
@@ -149,7 +166,13 @@ class EigenAverage:
             sums.count = Count(*saved["count"])
             sums.sums = [one.to(weight) for one in saved["sums"]]
             squares[name], total = sums, saved["weight"]
-        return EigenAverage(self.factors.loaded(state, coverage), squares, total)
+            if saved["past_sums"] is not None:
+                check_tensors(name, saved["past_sums"], [shape], G)
+                before = EigenSums(sums.basis)
+                before.count = Count(*saved["past_count"])
+                before.sums = [one.to(weight) for one in saved["past_sums"]]
+                past[name], past_total = before, saved["past_weight"]
+        return EigenAverage(self.factors.loaded(state, coverage), squares, total, past, past_total)
 
 
 @dataclass(frozen=True)

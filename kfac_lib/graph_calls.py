@@ -139,12 +139,27 @@ class RecordedGraph:
             f: Tensor = self._module(recorder, *leaves, *X)
         return f, recorder.calls
 
-    def verify_data(self, f: Tensor, calls: Mapping[int, Call]) -> None:
-        """Backpropagate from the first datum alone, which must reach no other.
+    def verify_data(
+        self, leaves: list[Tensor], X: list[Tensor], f: Tensor, calls: Mapping[int, Call]
+    ) -> None:
+        """Ask in two ways, which see different things, whether data depend on each other.
+
+        The first half of the data must get the same predictions by itself; and what is
+        backpropagated from the first datum alone must reach no other.
 
         Raises:
-            ValueError: If it does.
+            ValueError: If it depends on them.
         """
+        k = (len(f) + 1) // 2
+        if k < len(f) and self.batch.may_be(k):
+            pairs = zip(X, self.has_data, strict=True)
+            f_half, _ = self.run(leaves, [x[:k] if data else x for x, data in pairs])
+            if not _same(f_half.detach(), f.detach()[:k]):
+                raise ValueError(
+                    "The prediction of a datum depends on the other data of the batch: the first "
+                    f"{k} data by themselves get another one. So its factors are not defined "
+                    "datum by datum. Take statistics that are fixed."
+                )
         v = torch.zeros_like(f)
         v[0] = torch.linspace(1, 2, f[0].numel(), dtype=f.dtype, device=f.device).view(f[0].shape)
         edges = [call.edge for call in calls.values()]
@@ -193,18 +208,22 @@ class RecordedGraph:
         self.verified = N > 1  # with one datum any order is right
 
     def verify_sums(
-        self, leaves: Mapping[str, Tensor], f: Tensor, calls: Mapping[int, Call]
+        self, leaves: Mapping[str, Tensor], f: Tensor, calls: Mapping[int, Call], expected: Tensor
     ) -> None:
         """Compare Σ g x̃ᵀ over all calls with autograd, and note the calls that do not reach f.
+
+        The derivative is that of the prediction which the function itself gave: a backward pass of
+        its own is no part of a graph.
 
         Raises:
             NotImplementedError: If they differ.
         """
         v = torch.arange(f.numel(), device=f.device).cos().to(f.dtype).reshape(f.shape)
-        inputs: list[Any] = [*leaves.values(), *(call.edge for call in calls.values())]
-        found = torch.autograd.grad(f, inputs, v, retain_graph=True, allow_unused=True)
-        derivatives = dict(zip(leaves, found, strict=False))
-        gradients = dict(zip(calls, found[len(leaves) :], strict=True))
+        edges = [call.edge for call in calls.values()]
+        found = torch.autograd.grad(f, edges, v, retain_graph=True, allow_unused=True)
+        gradients = dict(zip(calls, found, strict=True))
+        own = torch.autograd.grad(expected, [*leaves.values()], v, allow_unused=True)
+        derivatives = dict(zip(leaves, own, strict=True))
         self.unreached = {i for i, g in gradients.items() if g is None}
         sums: dict[str, Tensor] = {}
         for i, g in gradients.items():
@@ -221,9 +240,17 @@ class RecordedGraph:
             if derivative is None or not _same(total, derivative.reshape(total.shape)):
                 raise NotImplementedError(
                     f"The derivative by {name!r} is not the sum over its uses in the graph: it is "
-                    "changed in place, or used in a way that is not seen. Pass "
-                    f"ignore={_paste([name])} to leave it out."
+                    "changed in place, used in a way that is not seen, or a custom backward "
+                    "(torch.autograd.Function), which a graph does not know, stands behind it. "
+                    f"Pass ignore={_paste([name])} to leave it out."
                 )
+        hidden = [name for name in leaves if name not in sums and derivatives[name] is not None]
+        if hidden:
+            raise NotImplementedError(
+                f"The prediction depends on {', '.join(map(repr, hidden))}, but no use of it was "
+                "found in the graph: a custom forward or backward hides it. Pass "
+                f"ignore={_paste(hidden)} to leave it out."
+            )
 
 
 class _Recorder:

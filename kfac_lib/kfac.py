@@ -176,9 +176,10 @@ class KFAC(Blocks[Kronecker | BlockDiagonal]):
         shared positions; :func:`kfac_lib.accumulate.constants` holds the table. The model, its
         gradients, hooks and mode stay as they are.
 
-        Assumed, since it cannot be seen: axis 0 of every covered layer's input is the datum, and
-        one datum's prediction depends on no other datum and on no random number. Modules that
-        break this are refused; code inside a ``forward`` that does is not noticed.
+        Assumed without ``params``, since hooks cannot see it: axis 0 of every covered layer's input
+        is the datum, and one datum's prediction depends on no other datum and on no random number.
+        Modules that break this are refused; code inside a ``forward`` that does is not noticed.
+        With ``params`` the trace is verified on its batch.
 
         Args:
             model: Network of supported layers; with ``params`` a function f(params, X), or a

@@ -44,9 +44,10 @@ class KFACPreconditioner:
     counts, Σ_i (1−β) β^(t−i) of each batch i, and the constants are applied once, at the end: the
     average needs no bias correction, and a batch counts by its size. It is that of *one* batch on
     average, for ``"sum"`` as for ``"mean"``. With ``"ekfac"`` the basis is that of the averaged
-    factors and changes every ``inverse_every`` steps; the eigenvalues are averaged within it, act
-    at once, and begin anew with the newest batch when it changes. For this one further pass
-    ``update`` keeps a reference to the batch, until the next ``precondition`` or ``update``.
+    factors and changes every ``inverse_every`` steps; the eigenvalues are averaged within it and
+    act at once. When it changes, their average is turned into the new basis (its diagonal there),
+    but for the newest batch, which is run once more: ``update`` keeps a reference to it, until the
+    next ``precondition`` or ``update``.
 
     Args:
         model: Network; which parameters are trainable is decided here.

@@ -5,6 +5,7 @@ pseudo-gradients g. Whoever consumes them, factors, exact blocks or whatever com
 graph. Explained in the section :ref:`kfac-pseudo-gradients`.
 """
 
+import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from itertools import chain, islice
 from typing import Any
@@ -254,6 +255,15 @@ def _batched_vjp(
 
     if len(vectors) == 1:
         return one_by_one()
+    with warnings.catch_warnings():
+        # What has no rule of its own, as attention, is slower; nothing that one could mend.
+        warnings.filterwarnings("ignore", "There is a performance drop")
+        return _all_at_once(f, edges, vectors) or one_by_one()
+
+
+def _all_at_once(
+    f: Tensor, edges: list[GradientEdge], vectors: Tensor
+) -> list[Tensor | None] | None:
     try:
         # The graph must outlive a failed attempt.
         return list(
@@ -267,7 +277,7 @@ def _batched_vjp(
             )
         )
     except RuntimeError:
-        return one_by_one()
+        return None
 
 
 def _is_numbers(tensor: Tensor) -> bool:

@@ -84,7 +84,15 @@ class Traced:
         names = {index[id(params[name])]: name for name in reversed(wanted)}
         self._wanted = {name: i for i, name in reversed(names.items())}  # by their first names
         self._frozen = tuple(frozen)
-        self._ignored = tuple(n for n in variables if n not in wanted and n not in frozen)
+        left_out = [n for n in variables if n not in wanted and n not in frozen]
+        if isinstance(f, nn.Module):
+            given = {id(p) for p in params.values()}
+            left_out += [
+                name
+                for name, p in f.named_parameters()
+                if p.requires_grad and name not in params and id(p) not in given
+            ]
+        self._ignored = tuple(left_out)
         self._f = f
         signature = (
             tuple(self._state.items()),
@@ -154,9 +162,12 @@ class Traced:
         for call in noted.values():
             _check_unchanged(call)
         if not graph.verified:
-            graph.verify_sums({n: self._leaves[i] for n, i in self._wanted.items()}, f, noted)
+            with torch.enable_grad():
+                expected = self._flat(form)(*self._leaves, *tensors)
+            leaves = {name: self._leaves[i] for name, i in self._wanted.items()}
+            graph.verify_sums(leaves, f, noted, expected)
             graph.verify_order(self._leaves, tensors, f, noted)
-            graph.verify_data(f, noted)
+            graph.verify_data(self._leaves, tensors, f, noted)
         calls: dict[str, list[Call]] = {key: [] for key in self.coverage.layers}
         for i, call in noted.items():
             if i not in graph.unreached:
@@ -214,7 +225,7 @@ class Traced:
         """Trace the function for such inputs, after it ran on them as it is."""
         flat = self._flat(form)
         with torch.enable_grad():
-            expected = require_graph(flat(*self._leaves, *X))
+            expected = require_graph(self._first_prediction(flat, X))
         N = len(expected)
         has_data = [x.ndim > 0 and len(x) == N for x in X]
         if not any(has_data):
@@ -229,6 +240,7 @@ class Traced:
         parameters = {placeholders[i]: name for name, i in self._wanted.items()}
         unread = [name for node, name in parameters.items() if not node.users]
         _check_unread({name: self._leaves[self._wanted[name]] for name in unread}, expected)
+        _check_closure(graph)
         uses, obstacles = find_uses(graph, parameters)
         coverage = self._cover(uses, obstacles)
         if self._traces.coverage not in (None, coverage):
@@ -253,6 +265,17 @@ class Traced:
         self._traces.coverage = coverage
         self._traces.graphs.append(result)
         return result
+
+    def _first_prediction(self, flat: Callable[..., Any], X: list[Tensor]) -> Any:
+        try:
+            return flat(*self._leaves, *X)
+        except RuntimeError as error:
+            if "not differentiable" not in str(error):
+                raise
+            raise ValueError(
+                f"The function does not take all of params as parameters: {error}. Buffers, such "
+                "as running statistics, are none: name them in ignore."
+            ) from error
 
     def _cover(self, uses: list[Use], obstacles: list[Obstacle]) -> Coverage:
         """Decide by the uses of all parameters, or refuse what is not understood."""
@@ -381,6 +404,18 @@ def _check_unchanged(call: Call) -> None:
             f"The input of an operation with {call.name!r} was overwritten in place after it was "
             "read (as in x += f(x)), so the factors would be wrong. Write x = x + f(x)."
         )
+
+
+def _check_closure(graph: fx.Graph) -> None:
+    """Refuse what requires grad and is no parameter: it would be left out without a word."""
+    for node in graph.find_nodes(op="get_attr"):
+        held = getattr(graph.owning_module, str(node.target), None)
+        if isinstance(held, Tensor) and held.requires_grad:
+            raise ValueError(
+                f"The function uses a tensor of shape {tuple(held.shape)} that requires grad and "
+                f"is not in params, in {describe(next(iter(node.users)))}. Put it into params, and "
+                "name it in ignore to leave it out; or detach it."
+            )
 
 
 def _check_unread(leaves: dict[str, Tensor], f: Tensor) -> None:

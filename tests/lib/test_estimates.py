@@ -411,24 +411,33 @@ def test_eigenvalues_are_averaged_in_the_basis_in_use(kind, reduction, monkeypat
 
 
 @reductions
-def test_a_new_basis_restarts_the_eigenvalues_from_the_newest_batch(reduction):
+@pytest.mark.parametrize("every", [1, 2])
+def test_a_new_basis_takes_over_the_average_and_adds_the_newest_batch(reduction, every):
     loss, beta = nn.CrossEntropyLoss(reduction=reduction), 0.7
     net = conv2d()
-    data = [batch_of("conv2d", N) for N in (3, 9, 5, 4)]
+    data = [batch_of("conv2d", 5) for _ in range(4)]  # as many each, so that averages are linear
     twin = KFACPreconditioner(net, loss, ema=beta)
     pre = KFACPreconditioner(
-        net, loss, ema=beta, inverse_every=2, approximation="ekfac", damping=Exact(DELTA)
+        net, loss, ema=beta, inverse_every=every, approximation="ekfac", damping=Exact(DELTA)
     )
+    average, weight = None, 0.0
     for t, one in enumerate(data):
         before = one_step(pre, loss, one)
         twin.update(*one)
-        if t % 2 == 0:
-            Q, since = bases(twin.factors()), t
-        weights = [(1 - beta) * beta ** (t - i) for i in range(since, t + 1)]
-        exact = raw_average(net, loss, data[since : t + 1], weights)
-        expected = {name: in_basis(Q[name], exact[name]) for name in exact}
-        tensors_close(pre.factors(), expected)
-        check_step(net, before, expected)
+        if t % every == 0:
+            Q = bases(twin.factors())
+        newest = raw_average(net, loss, [one], [1.0])
+        past, weight = beta * weight, beta * weight + 1 - beta
+        average = {
+            name: in_basis(Q[name], block)
+            if average is None
+            else (past * in_basis(Q[name], average[name]) + (1 - beta) * in_basis(Q[name], block))
+            / weight
+            for name, block in newest.items()
+        }
+        tensors_close(pre.factors(), average)
+        check_step(net, before, average)
+        assert torch.allclose(pre.factors().trace(), sum(E.trace() for E in average.values()))
 
 
 @reductions

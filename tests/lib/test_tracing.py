@@ -840,8 +840,8 @@ def test_a_second_source_of_a_function_uses_its_trace():
         params = {"W": torch.randn(2, 4)}
         found, _ = Traced(f, params).run(X[:N])
         torch.testing.assert_close(found.detach(), X[:N] @ params["W"].T)
-    # twice to trace; then once each, on two data, to compare
-    assert len(entered) == 4
+    # three times to trace and verify; then once each, on two data, to compare
+    assert len(entered) == 5
 
 
 def test_traces_end_with_their_function():
@@ -853,3 +853,79 @@ def test_traces_end_with_their_function():
     assert len(_KNOWN) == before + 1
     del f
     assert len(_KNOWN) == before
+
+
+class StraightThrough(torch.autograd.Function):
+    """Round, and pass the gradient on as it is."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.round()
+
+    @staticmethod
+    def backward(ctx, g):
+        return g
+
+
+class Tripled(torch.autograd.Function):
+    """The identity, with three times its derivative."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, g):
+        return 3 * g
+
+
+@pytest.mark.parametrize("function", [StraightThrough, Tripled])
+def test_a_custom_backward_is_refused(function):
+    params = {"W": torch.randn(3, 4), "V": torch.randn(2, 3)}
+
+    def f(params, X):
+        return function.apply(X @ params["W"].T) @ params["V"].T
+
+    with pytest.raises(NotImplementedError, match=r"'W'.*custom"):
+        Traced(f, params).run(torch.randn(5, 4))
+
+
+@pytest.mark.parametrize(
+    "mix",
+    [
+        lambda h: (h - h.mean(0).detach()) / h.std(0).detach(),
+        lambda h: h / h.abs().max().detach(),
+        lambda h: torch.where(h.sum(1, keepdim=True) > h.sum(1).max().detach() - 0.1, h, -h),
+        lambda h: h.tanh() * h.detach().argsort(0).argsort(0),
+    ],
+)
+def test_statistics_that_gradients_do_not_pass_are_noticed(mix):
+    params = {"W": torch.randn(3, 4), "V": torch.randn(2, 3)}
+    with pytest.raises(ValueError, match=r"other data"):
+        Traced(lambda p, X: mix(X @ p["W"].T) @ p["V"].T, params).run(torch.randn(6, 4))
+
+
+def test_a_tensor_in_the_closure_that_requires_grad_is_refused():
+    params, V = {"W": torch.randn(3, 4)}, torch.randn(2, 3)
+    f = lambda p, X: X @ p["W"].T @ V.T  # noqa: E731
+    Traced(f, params).run(torch.randn(5, 4))
+    V.requires_grad_()
+    with pytest.raises(ValueError, match=r"\(2, 3\).*not in params"):
+        Traced(lambda p, X: X @ p["W"].T @ V.T, params).run(torch.randn(5, 4))
+
+
+def test_parameters_of_a_module_that_are_not_given_are_named_as_ignored():
+    net = nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 2))
+    data = torch.randn(5, 4), torch.randn(5, 2)
+    given = {"0.weight": net[0].weight, "0.bias": net[0].bias}
+    kfac = KFAC.compute(net, nn.MSELoss(), data, params=given)
+    assert list(kfac) == ["0"]
+    assert kfac.ignored == ("1.weight", "1.bias")
+
+
+def test_buffers_among_the_parameters_are_named():
+    net = nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3)).eval()
+    params = {**dict(net.named_parameters()), **dict(net.named_buffers())}
+    f = lambda p, X: torch.func.functional_call(net, p, (X,))  # noqa: E731
+    with pytest.raises(ValueError, match=r"Buffers.*ignore"):
+        Traced(f, params, ignore="1.weight").run(torch.randn(5, 4))
