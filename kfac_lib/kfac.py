@@ -134,7 +134,8 @@ class Blocks(Mapping[str, Block], Generic[Block]):
         if set(gradients) != set(self):
             raise ValueError(
                 f"Gradients are given for {sorted(gradients)}, factors are there for "
-                f"{sorted(self)}. Give one matrix for each."
+                f"{sorted(self)}. Give one matrix (D_out, D_in) for each, [W b] where the bias is "
+                "joint; kfac_lib.layers.as_matrix makes one of a parameter's gradient."
             )
         return {name: layer_inverse(name, K, damping) @ gradients[name] for name, K in self.items()}
 

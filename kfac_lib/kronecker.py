@@ -108,7 +108,7 @@ class Kronecker:
             ValueError: If a factor is not positive definite and no damping is given.
         """
         if damping is not None:
-            return damping.inverse(self)
+            return check_damping(damping).inverse(self)
         return Kronecker(_spd_inverse(self.A, "A"), _spd_inverse(self.B, "B"))
 
     def eigh(self) -> "EigenKronecker":
@@ -217,7 +217,7 @@ class EigenKronecker:
             TypeError: For a damping that needs the two factors, as ``Factored`` does.
         """
         if damping is not None:
-            return damping.inverse(self)  # type: ignore[return-value]
+            return check_damping(damping).inverse(self)  # type: ignore[return-value]
         if not bool((self.eigenvalues > 0).all()):
             raise ValueError(
                 "An eigenvalue is not positive, so there is no inverse. Damp: "
@@ -354,6 +354,25 @@ class BlockDiagonal:
 
 Element = Kronecker | EigenKronecker | BlockDiagonal
 """An element of the algebra."""
+
+
+def check_damping(damping: Damping) -> Damping:
+    """Refuse what is no damping, such as a bare number (:ref:`damping`).
+
+    Raises:
+        TypeError: If it has no method ``inverse``.
+
+    Example:
+        >>> from kfac_lib import Exact
+        >>> check_damping(Exact(0.1))
+        Exact(delta=0.1)
+    """
+    if isinstance(damping, type) or not hasattr(damping, "inverse"):
+        raise TypeError(
+            f"damping={damping!r} is not usable. Give an object: Exact(delta), Factored(delta) or "
+            "Plain(delta)."
+        )
+    return damping
 
 
 def element(A: Tensor, B: Tensor) -> Kronecker | BlockDiagonal:
