@@ -281,6 +281,20 @@ MISTAKES = [
     in_code("10_constants", "CRITERION_WITHOUT_HALF = 2", "CRITERION_WITHOUT_HALF = 1"),
     in_code("10_constants", "to_A, to_B = task.R * task.N / V**0.5, V**0.5",
             "to_A, to_B = task.R / V**0.5, V**0.5"),
+    in_code("12_weight_sharing", "images = F.pad(images, [padding] * 4, mode=mode)",
+            'images = F.pad(images, [padding] * 4, mode="constant")'),
+    in_code("12_weight_sharing", "(N * S**2)", "(N * S)"),
+    in_code("12_weight_sharing", "apart = 1 - torch.eye(S)", "apart = torch.ones(S, S)"),
+    in_code("13_ekfac", "return R * beta.T @ alpha", "return beta.T @ alpha"),
+    in_code("13_ekfac", "return R * turned_P.square().sum(dim=(0, 1))",
+            "return R * turned_P.sum(dim=(0, 1)).square()"),
+    in_code("13_ekfac", "h = -rvec(element.inverse(Exact(delta)) @ U)",
+            "h = -rvec(element @ U)"),
+    in_code("14_functional", "turns += node.target is aten.matmul.default",
+            "turns += node.target is aten.linear.default"),
+    in_code("14_functional", "/ (x.shape[0] * x.shape[1])", "/ x.shape[0]"),
+    in_code("14_functional", "gs[use.weight].append(g.reshape",
+            "gs[use.weight].insert(0, g.reshape"),
 ]  # fmt: skip
 
 NOTEBOOK_FAULTS = [
