@@ -5,7 +5,7 @@ the output tensor: an activation that works in place overwrites the tensor, but 
 it. Explained in the section :ref:`kfac-rows`.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from math import isfinite
@@ -218,7 +218,7 @@ def check_calls(calls: Mapping[str, list[Call]], f: Tensor) -> None:
                     "the datum in both: keep shared axes apart, as (N, S, D), instead of merging "
                     "them into N."
                 )
-            if call.x.ndim == 1 and _reaches_other_data(call, f):
+            if call.x.ndim == 1 and _reaching_other_data([call], f):
                 raise ValueError(
                     f"Layer {name!r} got indices of shape {tuple(call.x.shape)} that are "
                     "positions, not data: each of its outputs reaches the predictions of all. "
@@ -226,12 +226,19 @@ def check_calls(calls: Mapping[str, list[Call]], f: Tensor) -> None:
                 )
 
 
-def _reaches_other_data(call: Call, f: Tensor) -> bool:
-    """Whether the prediction for the first datum depends on another row of the call's output."""
+def _reaching_other_data(calls: Iterable[Call], f: Tensor) -> Call | None:
+    """A call at which the prediction for the first datum depends on rows of another, if any."""
+    calls = list(calls)
     v = torch.zeros_like(f)
     v[0] = torch.linspace(1, 2, f[0].numel(), dtype=f.dtype, device=f.device).reshape(f[0].shape)
-    (g,) = torch.autograd.grad(f, [call.edge], v, retain_graph=True, allow_unused=True)
-    return g is not None and bool((g[1:] != 0).any())
+    edges = [call.edge for call in calls]
+    found = torch.autograd.grad(f, edges, v, retain_graph=True, allow_unused=True)
+    for call, g in zip(calls, found, strict=True):
+        if g is not None:
+            of_data = g.reshape(call.before, len(f), -1).abs().amax((0, 2))
+            if bool((of_data[1:] > torch.finfo(g.dtype).eps ** 0.5 * of_data.max()).any()):
+                return call
+    return None
 
 
 def _uses_in_graph(f: Tensor) -> dict[int, int]:

@@ -15,7 +15,7 @@ from torch import Tensor, fx, nn
 from torch.autograd.graph import get_gradient_edge
 from torch.utils import _pytree as pytree
 
-from kfac_lib.capture import Call
+from kfac_lib.capture import Call, _reaching_other_data
 from kfac_lib.coverage import _paste
 from kfac_lib.graph import Batch, describe
 from kfac_lib.graph_uses import Use
@@ -160,20 +160,13 @@ class RecordedGraph:
                     f"{k} data by themselves get another one. So its factors are not defined "
                     "datum by datum. Take statistics that are fixed."
                 )
-        v = torch.zeros_like(f)
-        v[0] = torch.linspace(1, 2, f[0].numel(), dtype=f.dtype, device=f.device).view(f[0].shape)
-        edges = [call.edge for call in calls.values()]
-        found = torch.autograd.grad(f, edges, v, retain_graph=True, allow_unused=True)
-        for call, g in zip(calls.values(), found, strict=True):
-            if g is None:
-                continue
-            of_data = g.reshape(call.before, len(f), -1).abs().amax((0, 2))
-            if bool((of_data[1:] > torch.finfo(g.dtype).eps ** 0.5 * of_data.max()).any()):
-                raise ValueError(
-                    "The prediction of a datum depends on the other data of the batch (as with "
-                    f"batch statistics), behind the operation with {call.name!r}. So its factors "
-                    "are not defined datum by datum. Take statistics that are fixed."
-                )
+        reaching = _reaching_other_data(calls.values(), f)
+        if reaching is not None:
+            raise ValueError(
+                "The prediction of a datum depends on the other data of the batch (as with batch "
+                f"statistics), behind the operation with {reaching.name!r}. So its factors are not "
+                "defined datum by datum. Take statistics that are fixed."
+            )
 
     def verify_order(
         self, leaves: list[Tensor], X: list[Tensor], f: Tensor, calls: Mapping[int, Call]
