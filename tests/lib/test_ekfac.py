@@ -281,18 +281,41 @@ def test_a_data_loader_works(shuffle, flavour):
     matches_the_formula(found, model, CE, data, joined(vectors), "expand", "joint")
 
 
-def test_a_shuffling_data_loader_and_a_generator_of_the_fisher_belong_together():
+@pytest.mark.parametrize("own", [False, True], ids=["default", "own generator"])
+def test_a_shuffling_data_loader_and_a_generator_of_the_fisher_belong_together(own):
     model, data = example("conv1d", CE, 8)
-    loader = DataLoader(TensorDataset(*data), 3, shuffle=True)
-    torch.manual_seed(1)
+    order = torch.Generator() if own else torch.default_generator
+    loader = DataLoader(TensorDataset(*data), 3, shuffle=True, generator=order if own else None)
+    order.manual_seed(1)
     fisher, batches, vectors = MonteCarlo(2, torch.Generator().manual_seed(3)), [], []
     for X, y in loader:
         batches.append((X, y))
         vectors += [fisher.vectors(criterion_of(CE), model(X).detach(), y)]
     data = tuple(torch.cat(of_all) for of_all in zip(*batches, strict=True))
-    torch.manual_seed(1)
+    order.manual_seed(1)
     found = EKFAC.compute(model, CE, loader, MonteCarlo(2, torch.Generator().manual_seed(3)))
     matches_the_formula(found, model, CE, data, joined(vectors), "expand", "joint")
+
+
+def test_batches_in_another_order_are_refused_where_vectors_are_drawn():
+    model, (X, y) = example("conv1d", CE, 8)
+
+    class Turning:
+        """Batches that come in the other order each time."""
+
+        def __init__(self):
+            self.batches = [(X[:3], y[:3]), (X[3:], y[3:])]
+
+        def __iter__(self):
+            self.batches = self.batches[::-1]
+            return iter(self.batches)
+
+    with pytest.raises(ValueError, match=r"another order.*list of batches"):
+        EKFAC.compute(model, CE, Turning(), MonteCarlo(2))
+    assert (
+        EKFAC.compute(model, CE, Turning(), TypeII()).keys()
+        == KFAC.compute(model, CE, (X, y)).keys()
+    )
 
 
 @sharings
