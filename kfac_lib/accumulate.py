@@ -15,7 +15,7 @@ from torch import Tensor
 from kfac_lib.flattening import Order, flatten
 from kfac_lib.kronecker import BlockDiagonal, EigenKronecker, Kronecker
 from kfac_lib.losses import Criterion
-from kfac_lib.rows import Count, LayerRows, Rows
+from kfac_lib.rows import Count, Rows
 
 
 class Sharing(Protocol):
@@ -59,7 +59,7 @@ class Reduce:
         49
     """
 
-    def rows(self, rows: Rows) -> LayerRows:
+    def rows(self, rows: Rows) -> Rows:
         """Return the rows summed over the shared axis."""
         return rows.reduced()
 
@@ -153,6 +153,7 @@ class FactorSums:
 
     Example:
         >>> from kfac_lib.losses import SquaredError
+        >>> from kfac_lib.rows import LayerRows
         >>> sums = FactorSums(Expand())
         >>> sums.update(LayerRows(torch.ones(5, 1, 2), torch.ones(3, 5, 1, 4), None, Count(5, 20)))
         >>> A, B = sums.finish(SquaredError("mean"))
@@ -179,7 +180,7 @@ class FactorSums:
         if rows.count.N:
             self.xx = _add(self.xx, shared.input_gram())
         self.gg = _add(self.gg, shared.output_gram())
-        self.vectors += len(rows.g)
+        self.vectors += rows.V
         self.count = self.count.plus(rows.count)
 
     def merge(self, other: "FactorSums") -> None:
@@ -232,6 +233,7 @@ class ExactBlocks:
 
     Example:
         >>> from kfac_lib.losses import SquaredError
+        >>> from kfac_lib.rows import LayerRows
         >>> block = ExactBlocks("cvec")
         >>> block.update(LayerRows(torch.ones(5, 1, 2), torch.ones(3, 5, 1, 4), None, Count(5, 20)))
         >>> block.finish(SquaredError("mean")).shape
@@ -290,6 +292,7 @@ class EigenSums:
 
     Example:
         >>> from kfac_lib.losses import SquaredError
+        >>> from kfac_lib.rows import LayerRows
         >>> basis = EigenKronecker(torch.eye(2), torch.eye(4), torch.zeros(4, 2))
         >>> sums = EigenSums([basis])
         >>> sums.update(LayerRows(torch.ones(5, 1, 2), torch.ones(3, 5, 1, 4), None, Count(5, 20)))

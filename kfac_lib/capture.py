@@ -34,6 +34,10 @@ class Call:
         edge: Where the output enters the graph; usable as input of :func:`torch.autograd.grad`.
         before: Product of the sizes of the axes in front of the datum's, in row-major order: 1
             where the datum is axis 0, S for inputs (S, N, D_in), or those merged as (S·N, D_in).
+        input_edge: Where the input comes from in the graph; None where nothing is behind it, or its
+            axes are not those of ``x``.
+        weight: The matrix W (D_out, D_in) of z = x Wᵀ + b over the last axis; None for other
+            operations.
     """
 
     name: str
@@ -43,6 +47,8 @@ class Call:
     shape: torch.Size
     edge: GradientEdge
     before: int = 1
+    input_edge: GradientEdge | None = None
+    weight: Tensor | None = None
 
 
 class Source(Protocol):
@@ -144,8 +150,17 @@ def capture(
                 "so nothing can be backpropagated to it. Run the model with grad."
             )
         check_linear(name, layer, x, z)
-        edge = get_gradient_edge(z)
-        calls[name].append(Call(name, layer, x.detach(), x._version, z.shape, edge))
+        call = Call(
+            name,
+            layer,
+            x.detach(),
+            x._version,
+            z.shape,
+            get_gradient_edge(z),
+            input_edge=get_gradient_edge(x) if x.requires_grad else None,
+            weight=layer.weight.detach() if isinstance(layer, nn.Linear) else None,
+        )
+        calls[name].append(call)
         # A change in place of a view (a Linear with bias on shared axes returns one) takes the
         # noted place out of the graph; of a copy it does not.
         return z.clone() if z._is_view() else None

@@ -263,9 +263,11 @@ def _record(recorder: _Recorder, i: int, x: Tensor, z: Tensor) -> Tensor:
     if not z.requires_grad:  # under no_grad
         return z
     graph = recorder.graph
-    use, x = graph.uses[i], x.detach()
+    use = graph.uses[i]
     start, stop = use.rows
     whole = (start, stop) == (0, use.width)
+    input_edge = get_gradient_edge(x) if x.requires_grad and not use.x_axes else None
+    x = x.detach()
     noted = z.permute(use.z_axes) if use.z_axes else z
     noted = noted if whole else nn.functional.pad(noted, (start, use.width - stop))
     recorder.calls[i] = Call(
@@ -276,6 +278,7 @@ def _record(recorder: _Recorder, i: int, x: Tensor, z: Tensor) -> Tensor:
         shape=noted.shape,
         edge=get_gradient_edge(noted),
         before=graph.before[i],
+        input_edge=input_edge,
     )
     noted = noted if whole else noted.narrow(-1, start, stop - start)
     if use.z_axes:

@@ -406,6 +406,8 @@ def accumulate(
         5
     """
     check_kind("fisher", fisher, "vectors", flavours())
+    if chunk_size is None and isinstance(fisher, TypeII):
+        fisher = TypeII("minimal")  # the same matrix, in one vector less
     for name, rows in stream(source, criterion, fisher, data, chunk_size=chunk_size):
         accumulators[name].update(rows)
         if held is not None:

@@ -87,17 +87,7 @@ class Convolution:
             ValueError: If the input has no axis for the data.
         """
         axes = len(self.kernel_size)
-        if x.ndim != axes + 2:
-            raise ValueError(
-                f"A {axes}-d convolution got an input of shape {tuple(x.shape)}. Axis 0 must be "
-                f"the datum: give (N, C_in, ...) with {axes + 2} axes, as x.unsqueeze(0) does for "
-                "one datum."
-            )
-        if any(side for pair in self.padding for side in pair):
-            mode = "constant" if self.padding_mode == "zeros" else self.padding_mode
-            # torch names the last axis first.
-            sides = [side for pair in reversed(self.padding) for side in pair]
-            x = nn.functional.pad(x, sides, mode=mode)
+        x = self._padded(x)
         for axis, (k, stride, step) in enumerate(
             zip(self.kernel_size, self.stride, self.dilation, strict=True), start=2
         ):
@@ -106,6 +96,76 @@ class Convolution:
         pixels, window = range(2, 2 + axes), range(2 + axes, 2 + 2 * axes)
         D = C * prod(self.kernel_size)
         return x.permute(0, 1, *window, *pixels).reshape(N, D, S).transpose(1, 2)
+
+    def patch_sums(self, x: Tensor) -> Tensor:
+        """Sum :meth:`patches` over s without cutting them: sums over boxes, axis by axis.
+
+        Args:
+            x: As for :meth:`patches`.
+
+        Returns:
+            Tensor of shape (N, C_in · k₁ · k₂ ···).
+
+        Raises:
+            ValueError: If the input has no axis for the data.
+        """
+        x = self._padded(x)
+        for k, stride, step in zip(self.kernel_size, self.stride, self.dilation, strict=True):
+            # Axis 2 is the next to sum; the k places in its window go to the end.
+            last = (x.shape[2] - step * (k - 1) - 1) // stride * stride
+            places = [x[:, :, i : i + last + 1 : stride].sum(2) for i in range(0, step * k, step)]
+            x = torch.stack(places, dim=-1)
+        return x.flatten(1)
+
+    def _padded(self, x: Tensor) -> Tensor:
+        axes = len(self.kernel_size)
+        if x.ndim != axes + 2:
+            raise ValueError(
+                f"A {axes}-d convolution got an input of shape {tuple(x.shape)}. Axis 0 must be "
+                f"the datum: give (N, C_in, ...) with {axes + 2} axes, as x.unsqueeze(0) does for "
+                "one datum."
+            )
+        if not any(side for pair in self.padding for side in pair):
+            return x
+        mode = "constant" if self.padding_mode == "zeros" else self.padding_mode
+        # torch names the last axis first.
+        sides = [side for pair in reversed(self.padding) for side in pair]
+        return nn.functional.pad(x, sides, mode=mode)
+
+
+@dataclass(frozen=True)
+class Patches:
+    """The windows of a convolution's input, cut only where they are needed.
+
+    See :ref:`share-convolution`.
+
+    Args:
+        images: The input, shape (N, C_in, ...).
+        convolution: What cuts them.
+
+    Example:
+        >>> patches = Patches(torch.ones(5, 2, 8, 8), Convolution.of(nn.Conv2d(2, 4, 3)))
+        >>> patches.rows().shape, patches.total().shape
+        (torch.Size([5, 36, 18]), torch.Size([5, 18]))
+    """
+
+    images: Tensor
+    convolution: Convolution
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, keep: Tensor | slice) -> "Patches":
+        """Return the patches of some of the data."""
+        return Patches(self.images[keep], self.convolution)
+
+    def rows(self) -> Tensor:
+        """Return the patches, shape (N, S, D_in)."""
+        return self.convolution.patches(self.images)
+
+    def total(self) -> Tensor:
+        """Return their sum over s, shape (N, D_in)."""
+        return self.convolution.patch_sums(self.images)
 
 
 @dataclass(frozen=True)
@@ -250,6 +310,18 @@ def lookup_of(layer: nn.Module | Operation) -> Lookup | None:
     if isinstance(layer, nn.Embedding):
         return Lookup(layer.num_embeddings, layer.padding_idx)
     return layer if isinstance(layer, Lookup) else None
+
+
+def convolution_of(layer: nn.Module | Operation) -> Convolution | None:
+    """What a convolution does; None for any other layer (:ref:`share-convolution`).
+
+    Example:
+        >>> convolution_of(nn.Conv1d(4, 6, 3)).kernel_size, convolution_of(nn.Linear(4, 6))
+        ((3,), None)
+    """
+    if isinstance(layer, _ConvNd):
+        return Convolution.of(layer)
+    return layer if isinstance(layer, Convolution) else None
 
 
 def groups_of(layer: nn.Module | Operation) -> int:

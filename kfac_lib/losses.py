@@ -24,6 +24,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy
 
+from kfac_lib.closed_form import OutputHessian
+
 Columns = Literal["full", "minimal"]
 Reduction = Literal["mean", "sum"]
 
@@ -90,6 +92,14 @@ class Criterion(ABC):
             Tensor of shape (V, *f.shape); V is the size of one datum's prediction, or the rank of
             the Hessian for ``columns="minimal"``.
         """
+
+    def output_hessian(self, f: Tensor, y: Tensor) -> OutputHessian | None:
+        """Return the Hessians κ ∇²_f c(f_n, y_n) in closed form, for f of shape (N, C).
+
+        None where there is no such form, or it is not known; the columns of
+        :meth:`hessian_root` are taken then.
+        """
+        return None
 
     @abstractmethod
     def hessian_root_product(self, f: Tensor, y: Tensor, u: Tensor) -> Tensor:
@@ -164,6 +174,9 @@ class SquaredError(Criterion):
         size = f[0].numel()
         identity = torch.eye(size, dtype=f.dtype, device=f.device)
         return identity.reshape(size, 1, *f.shape[1:]).expand(size, *f.shape)
+
+    def output_hessian(self, f: Tensor, y: Tensor) -> OutputHessian | None:  # noqa: D102
+        return OutputHessian(f.new_ones(()).expand(f.shape)) if f.ndim == 2 else None
 
     def hessian_root_product(self, f: Tensor, y: Tensor, u: Tensor) -> Tensor:  # noqa: D102
         return u
@@ -321,6 +334,10 @@ class CrossEntropy(Criterion):
         root.diagonal(dim1=0, dim2=2).add_(scaled.movedim(1, 2))
         return _at_each_position(root, f)
 
+    def output_hessian(self, f: Tensor, y: Tensor) -> OutputHessian | None:  # noqa: D102
+        kappa = self.kappa(f, y).expand(len(f), 1) if f.ndim == 2 else None
+        return None if kappa is None else OutputHessian(f.softmax(1), kappa)
+
     def hessian_root_product(self, f: Tensor, y: Tensor, u: Tensor) -> Tensor:  # noqa: D102
         p = f.softmax(1)
         q = p.sqrt()
@@ -461,6 +478,9 @@ class BinaryCrossEntropy(Criterion):
 
     def hessian_root(self, f: Tensor, y: Tensor, columns: Columns = "full") -> Tensor:  # noqa: D102
         return _at_each_entry(self._root(f, y))
+
+    def output_hessian(self, f: Tensor, y: Tensor) -> OutputHessian | None:  # noqa: D102
+        return OutputHessian(self._root(f, y).square()) if f.ndim == 2 else None
 
     def hessian_root_product(self, f: Tensor, y: Tensor, u: Tensor) -> Tensor:  # noqa: D102
         return self._root(f, y) * u

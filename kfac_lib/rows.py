@@ -4,13 +4,23 @@ Fast paths live behind these names: the 1 that a joint bias appends to every inp
 inputs of an Embedding, are never stored. Explained in the section :ref:`share-axis`.
 """
 
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from math import prod
 from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from kfac_lib.layers import Operation, groups_of, input_rows, lookup_of
+from kfac_lib.closed_form import OutputHessian
+from kfac_lib.layers import (
+    Operation,
+    Patches,
+    convolution_of,
+    groups_of,
+    input_rows,
+    lookup_of,
+)
 
 
 class Count(NamedTuple):
@@ -98,6 +108,11 @@ class LayerRows:
         """Number of positions that share the weight."""
         return self.x.shape[1]
 
+    @property
+    def V(self) -> int:
+        """Number of vectors."""
+        return len(self.g)
+
     def reduced(self) -> "LayerRows":
         """Return the rows summed over the shared axis, with S = 1."""
         bias = None if self.bias is None else self.bias * self.S
@@ -166,9 +181,7 @@ class LayerRows:
         Returns:
             Tensor of shape (D_out, D_in [+1]).
         """
-        x = self.x if Q_A is None else self.x @ Q_A[: self.x.shape[-1]]
-        if self.bias is not None:
-            x = _with_one(x, self.bias, Q_A)
+        x = self.rotated(Q_A)
         if self.S == 1:
             return (self.g @ Q_B).square_().sum(0)[:, 0].T @ x.square()[:, 0]
         V, N, S, D_out = self.g.shape
@@ -181,6 +194,11 @@ class LayerRows:
             P = torch.bmm((Q_B.T @ g).flatten(1, 2), x[some : some + size])
             total += P.view(-1, D_out * D_in).square_().sum(0).view(D_out, D_in)
         return total
+
+    def rotated(self, Q_A: Tensor | None) -> Tensor:
+        """Return Q_Aᵀ x̃, shape (N, S, D_in [+1]); x̃ itself for None."""
+        x = self.x if Q_A is None else self.x @ Q_A[: self.x.shape[-1]]
+        return x if self.bias is None else _with_one(x, self.bias, Q_A)
 
 
 @dataclass(frozen=True)
@@ -212,6 +230,11 @@ class TokenRows:
     def S(self) -> int:
         """Number of positions that share the weight."""
         return self.tokens.shape[1]
+
+    @property
+    def V(self) -> int:
+        """Number of vectors."""
+        return len(self.g)
 
     def reduced(self) -> LayerRows:
         """Return the rows summed over the shared axis, with S = 1: each datum's counts."""
@@ -274,12 +297,184 @@ class TokenRows:
         return self.g.new_zeros(shape)
 
 
-Rows = LayerRows | TokenRows
+@dataclass(frozen=True)
+class PatchRows:
+    """Rows of a convolution, whose patches are cut only where they are needed.
+
+    See :ref:`share-convolution`. The methods are those of :class:`LayerRows`. Sums over data cut
+    the patches of a few at a time; under reduce nothing is cut.
+
+    Args:
+        patches: Where the rows x come from.
+        g: Pseudo-gradients, shape (V, N, S, D_out).
+        bias: As in :class:`LayerRows`.
+        count: As in :class:`LayerRows`.
+
+    Example:
+        >>> convolution = convolution_of(nn.Conv2d(2, 4, 3))
+        >>> patches = Patches(torch.ones(5, 2, 8, 8), convolution)
+        >>> rows = PatchRows(patches, torch.ones(1, 5, 36, 4), 1.0, Count(5, 5))
+        >>> rows.input_gram().shape, rows.reduced().x[0, 0, 0].item()
+        (torch.Size([19, 19]), 36.0)
+    """
+
+    patches: Patches
+    g: Tensor
+    bias: float | None
+    count: Count
+
+    @property
+    def x(self) -> Tensor:
+        """The patches, shape (N, S, D_in)."""
+        return self.patches.rows()
+
+    @property
+    def S(self) -> int:
+        """Number of positions that share the weight."""
+        return self.g.shape[2]
+
+    @property
+    def V(self) -> int:
+        """Number of vectors."""
+        return len(self.g)
+
+    def reduced(self) -> LayerRows:
+        """Return the rows summed over the shared axis, with S = 1."""
+        bias = None if self.bias is None else self.bias * self.S
+        x, g = self.patches.total().unsqueeze(1), self.g.sum(2, True)
+        return LayerRows(x, g, bias, self.count, self.patches.convolution.groups)
+
+    def input_gram(self) -> Tensor:
+        """Return Σ_{n,s} x̃ x̃ᵀ, as :meth:`LayerRows.input_gram`."""
+        return _sum(replace(some, g=some.g[:0]).input_gram() for some in self._parts())
+
+    def output_gram(self) -> Tensor:
+        """Return Σ_{v,n,s} g gᵀ, as :meth:`LayerRows.output_gram`."""
+        return _gram_of_groups(self.g.flatten(0, 1), self.patches.convolution.groups)
+
+    def outer(self) -> Tensor:
+        """Return P_{n,v} = Σ_s g x̃ᵀ, as :meth:`LayerRows.outer`."""
+        return self._unfolded().outer()
+
+    def split(self) -> list[LayerRows] | list["PatchRows"]:
+        """Return the rows of each group by itself."""
+        return [self] if self.patches.convolution.groups == 1 else self._unfolded().split()
+
+    def part(self, name: Literal["joint", "weight", "bias"]) -> "PatchRows | LayerRows":
+        """Return the rows of [W b], of the weight alone, or of the bias alone.
+
+        Raises:
+            ValueError: If there is no bias to take.
+        """
+        if name == "joint":
+            return self
+        return replace(self, bias=None) if name == "weight" else self._unfolded().part(name)
+
+    def squares(self, Q_A: Tensor | None, Q_B: Tensor) -> Tensor:
+        """Return Σ_{n,v} [Q_Bᵀ P_{n,v} Q_A]², as :meth:`LayerRows.squares`."""
+        return _sum(some.squares(Q_A, Q_B) for some in self._parts())
+
+    def _unfolded(self) -> LayerRows:
+        return LayerRows(self.x, self.g, self.bias, self.count, self.patches.convolution.groups)
+
+    def _parts(self) -> Iterator[LayerRows]:
+        """The rows of a few data at a time."""
+        D_in = self.patches.images.shape[1] * prod(self.patches.convolution.kernel_size)
+        size = max(1, _ENTRIES // max(1, self.S * D_in))
+        for start in range(0, max(1, len(self.patches)), size):
+            some = slice(start, start + size)
+            yield replace(self, patches=self.patches[some], g=self.g[:, some])._unfolded()
+
+
+@dataclass(frozen=True)
+class OutputRows:
+    """Rows of the layer that gives the prediction, whose vectors have a closed form.
+
+    See :ref:`speed-classes`. The methods are those of :class:`LayerRows`, for S = 1; the vectors
+    themselves are made only where P_{n,v} is asked for.
+
+    Args:
+        x: Inputs, shape (N, 1, D_in).
+        hessian: The Hessians of the loss at the prediction: Σ_v g gᵀ for each datum.
+        vectors: Gives their columns, shape (V, N, C).
+        bias: As in :class:`LayerRows`.
+        count: As in :class:`LayerRows`.
+
+    Example:
+        >>> hessian = OutputHessian(torch.ones(5, 3))
+        >>> rows = OutputRows(torch.ones(5, 1, 2), hessian, lambda: None, 1.0, Count(5, 5))
+        >>> rows.output_gram().diagonal().tolist()
+        [5.0, 5.0, 5.0]
+    """
+
+    x: Tensor
+    hessian: OutputHessian
+    vectors: Callable[[], Tensor]
+    bias: float | None
+    count: Count
+
+    @property
+    def g(self) -> Tensor:
+        """The vectors, shape (V, N, 1, C); made anew each time."""
+        return self.vectors().unsqueeze(2)
+
+    @property
+    def S(self) -> int:
+        """Number of positions that share the weight, 1."""
+        return 1
+
+    @property
+    def V(self) -> int:
+        """Number of vectors."""
+        return self.hessian.weights.shape[1]
+
+    def reduced(self) -> "OutputRows":
+        """Return the rows as they are: there is one position."""
+        return self
+
+    def input_gram(self) -> Tensor:
+        """Return Σ_n x̃ x̃ᵀ, as :meth:`LayerRows.input_gram`."""
+        return self._inputs().input_gram()
+
+    def output_gram(self) -> Tensor:
+        """Return Σ_n H_n, shape (C, C)."""
+        return self.hessian.total()
+
+    def outer(self) -> Tensor:
+        """Return P_{n,v} = g x̃ᵀ, as :meth:`LayerRows.outer`."""
+        return replace(self._inputs(), g=self.g).outer()
+
+    def split(self) -> list["OutputRows"]:
+        """Return the rows as they are: there is one group."""
+        return [self]
+
+    def part(self, name: Literal["joint", "weight", "bias"]) -> "OutputRows":
+        """Return the rows of [W b], of the weight alone, or of the bias alone.
+
+        Raises:
+            ValueError: If there is no bias to take.
+        """
+        part = self._inputs().part(name)
+        return replace(self, x=part.x, bias=part.bias)
+
+    def squares(self, Q_A: Tensor | None, Q_B: Tensor) -> Tensor:
+        """Return Σ_n diag(Q_Bᵀ H_n Q_B) [Q_Aᵀ x̃]²ᵀ, as :meth:`LayerRows.squares`."""
+        return self.hessian.quadratic(Q_B).T @ self._inputs().rotated(Q_A).square()[:, 0]
+
+    def _inputs(self) -> LayerRows:
+        return LayerRows(self.x, self.x.new_empty(0, len(self.x), 1, 1), self.bias, self.count)
+
+
+Rows = LayerRows | TokenRows | PatchRows | OutputRows
 """What a source yields of one layer."""
 
 
 def make_rows(
-    layer: nn.Module | Operation, x: Tensor, g: Tensor, bias: float | None, count: Count
+    layer: nn.Module | Operation,
+    x: Tensor | Patches,
+    g: Tensor,
+    bias: float | None,
+    count: Count,
 ) -> Rows:
     """The rows of one layer, in the form that suits it (:ref:`share-axis`).
 
@@ -295,13 +490,15 @@ def make_rows(
         >>> make_rows(nn.Linear(2, 3), x, g, 1.0, Count(5, 5)).input_gram().shape
         torch.Size([3, 3])
     """
+    if isinstance(x, Patches):
+        return PatchRows(x, g, bias, count)
     lookup = lookup_of(layer)
     if lookup is not None:
         return TokenRows(x, g, count, lookup.num_embeddings)
     return LayerRows(x, g, bias, count, groups_of(layer))
 
 
-def stored_input(layer: nn.Module | Operation, x: Tensor) -> Tensor:
+def stored_input(layer: nn.Module | Operation, x: Tensor) -> Tensor | Patches:
     """What of a layer's input is kept for its rows (:ref:`share-axis`).
 
     Args:
@@ -309,13 +506,16 @@ def stored_input(layer: nn.Module | Operation, x: Tensor) -> Tensor:
         x: Its input; axis 0 is the datum.
 
     Returns:
-        The rows, shape (N, S, D_in), or for an Embedding the tokens, shape (N, S).
+        The rows, shape (N, S, D_in); for a convolution what cuts them, for an Embedding the
+        tokens, shape (N, S).
 
     Example:
         >>> stored_input(nn.Embedding(9, 2, padding_idx=0), torch.tensor([[3, 0]])).tolist()
         [[3, -1]]
     """
-    lookup = lookup_of(layer)
+    convolution, lookup = convolution_of(layer), lookup_of(layer)
+    if convolution is not None:
+        return Patches(x, convolution)
     return input_rows(layer, x) if lookup is None else lookup.tokens(x)
 
 
@@ -336,6 +536,13 @@ def _gram(rows: Tensor) -> Tensor:
     return torch.bmm(transposed, rows).sum(0)
 
 
+def _sum(terms: Iterator[Tensor]) -> Tensor:
+    total = next(terms)
+    for term in terms:
+        total = total + term
+    return total
+
+
 def _with_one(x: Tensor, bias: float, Q_A: Tensor | None) -> Tensor:
     """Append the bias to rows that are in the basis Q_A already but for their last entry."""
     if Q_A is None:
@@ -344,4 +551,4 @@ def _with_one(x: Tensor, bias: float, Q_A: Tensor | None) -> Tensor:
 
 
 _ENTRIES = 2**22
-"""How many entries of P are held at a time."""
+"""How many entries of P, or of patches, are held at a time."""

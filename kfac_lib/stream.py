@@ -5,20 +5,22 @@ pseudo-gradients g. Whoever consumes them, factors, exact blocks or whatever com
 graph. Explained in the section :ref:`kfac-pseudo-gradients`.
 """
 
-import warnings
 from collections.abc import Iterable, Iterator, Mapping
+from functools import partial
 from itertools import chain, islice
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import GradientEdge
+from torch.autograd.graph import get_gradient_edge
 
+from kfac_lib.backward import Vectors, backpropagate, vectors_of
 from kfac_lib.capture import Call, Source, is_finite
-from kfac_lib.fisher import Fisher
-from kfac_lib.layers import Convolution, lookup_of, output_rows
+from kfac_lib.compression import closed_head, root_of
+from kfac_lib.fisher import Fisher, TypeII
+from kfac_lib.layers import Convolution, Patches, lookup_of, output_rows
 from kfac_lib.losses import Criterion
-from kfac_lib.rows import Count, Rows, make_rows, stored_input
+from kfac_lib.rows import Count, OutputRows, Rows, make_rows, stored_input
 
 Data = Any
 """One pair (X, y), or an iterable of them. X may be whatever the model takes."""
@@ -164,21 +166,56 @@ def stream(
         N = int(counted.sum())
         keep = slice(None) if len(f) == N else counted
         count = Count(N, criterion.denominator(f, y))
-        x = {name: _joined_inputs(of_layer, len(f))[keep] for name, of_layer in calls.items()}
-        for gradients in _pseudo_gradients(f, calls, fisher.vectors(criterion, f, y), chunk_size):
-            for name, of_layer in gradients.items():
+        head = closed_head(f, calls) if isinstance(fisher, TypeII) else None
+        hessian = None if head is None else criterion.output_hessian(f.detach(), y)
+        vectors: Vectors
+        if head is None or hessian is None:
+            place, behind = get_gradient_edge(f), calls
+            vectors = vectors_of(fisher, criterion, f, y)
+        else:
+            yield (
+                head.name,
+                OutputRows(
+                    x=head.call.x[keep].unsqueeze(1),
+                    hessian=hessian[keep],
+                    vectors=partial(_kept_vectors, fisher, criterion, f, y, keep),
+                    bias=1.0 if head.name in biases else None,
+                    count=count,
+                ),
+            )
+            if head.cut is None:
+                continue
+            place, behind = head.cut.edge, head.behind
+            vectors = root_of(hessian.pulled_back(head.weight)).permute(2, 0, 1)
+        x = {name: _joined_inputs(of_layer, len(f))[keep] for name, of_layer in behind.items()}
+        new = set(behind)
+        for gradients in backpropagate(place, behind, vectors, chunk_size):
+            for name in list(gradients):
+                g = _joined_outputs(behind[name], gradients.pop(name), len(f))[:, keep]
+                of_chunk = count if name in new else Count(0, 0)
+                new.discard(name)
                 bias = 1.0 if name in biases else None
-                g = _joined_outputs(calls[name], of_layer, len(f))[:, keep]
-                yield name, make_rows(calls[name][0].layer, x[name], g, bias, count)
-            count = Count(0, 0)
+                yield name, make_rows(behind[name][0].layer, x[name], g, bias, of_chunk)
 
 
-def _joined_inputs(calls: list[Call], N: int) -> Tensor:
-    parts = [
-        _unmerged(stored_input(call.layer, _datum_first(call, call.x, N, 0)), N, 0)
-        for call in calls
-    ]
+def _kept_vectors(
+    fisher: Fisher, criterion: Criterion, f: Tensor, y: Tensor, keep: Tensor | slice
+) -> Tensor:
+    return fisher.vectors(criterion, f, y)[:, keep]
+
+
+def _joined_inputs(calls: list[Call], N: int) -> Tensor | Patches:
+    if len(calls) == 1 and calls[0].before == 1:
+        x = stored_input(calls[0].layer, calls[0].x)
+        if len(x) == N:
+            return x
+    parts = [_unmerged(_rows_of(call, N), N, 0) for call in calls]
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+
+
+def _rows_of(call: Call, N: int) -> Tensor:
+    x = stored_input(call.layer, _datum_first(call, call.x, N, 0))
+    return x.rows() if isinstance(x, Patches) else x
 
 
 def _joined_outputs(calls: list[Call], gradients: list[Tensor], N: int) -> Tensor:
@@ -209,75 +246,6 @@ def _unmerged(rows: Tensor, N: int, axis: int) -> Tensor:
         return rows
     S = rows.shape[axis] * rows.shape[axis + 1] // N
     return rows.reshape(*rows.shape[:axis], N, S, *rows.shape[axis + 2 :])
-
-
-def _pseudo_gradients(
-    f: Tensor, calls: Mapping[str, list[Call]], vectors: Tensor, chunk_size: int | None
-) -> Iterator[dict[str, list[Tensor]]]:
-    """For each chunk of vectors, layer and call the gradients, in the shape of the output."""
-    if len(vectors) == 0:
-        yield {
-            name: [f.new_empty(0, *call.shape) for call in of_layer]
-            for name, of_layer in calls.items()
-        }
-    size = chunk_size or max(len(vectors), 1)
-    edges = [call.edge for of_layer in calls.values() for call in of_layer]
-    for start in range(0, len(vectors), size):
-        chunk = vectors[start : start + size]
-        found = iter(_batched_vjp(f, edges, chunk, keep=start + size < len(vectors)))
-        gradients = {
-            name: [g for _, g in zip(of_layer, found, strict=False) if g is not None]
-            for name, of_layer in calls.items()
-        }
-        unreached = [name for name in calls if len(gradients[name]) < len(calls[name])]
-        if unreached:
-            raise ValueError(
-                f"The prediction does not depend on layer {unreached[0]!r}: its output is "
-                f"discarded or detached. Pass ignore={unreached} to leave it out."
-            )
-        yield gradients
-
-
-def _batched_vjp(
-    f: Tensor, edges: list[GradientEdge], vectors: Tensor, keep: bool
-) -> list[Tensor | None]:
-    """Backpropagate V vectors in one call, or one by one where batching has no rule."""
-
-    def one_by_one() -> list[Tensor | None]:
-        last = len(vectors) - 1
-        each = [
-            torch.autograd.grad(f, edges, v, retain_graph=keep or i < last, allow_unused=True)
-            for i, v in enumerate(vectors)
-        ]
-        if last == 0:
-            return [None if g is None else g.unsqueeze(0) for g in each[0]]
-        return [None if g[0] is None else torch.stack(g) for g in zip(*each, strict=True)]
-
-    if len(vectors) == 1:
-        return one_by_one()
-    with warnings.catch_warnings():
-        # What has no rule of its own, as attention, is slower; nothing that one could mend.
-        warnings.filterwarnings("ignore", "There is a performance drop")
-        return _all_at_once(f, edges, vectors) or one_by_one()
-
-
-def _all_at_once(
-    f: Tensor, edges: list[GradientEdge], vectors: Tensor
-) -> list[Tensor | None] | None:
-    try:
-        # The graph must outlive a failed attempt.
-        return list(
-            torch.autograd.grad(
-                f,
-                edges,
-                vectors,
-                retain_graph=True,
-                allow_unused=True,
-                is_grads_batched=True,
-            )
-        )
-    except RuntimeError:
-        return None
 
 
 def _is_numbers(tensor: Tensor) -> bool:

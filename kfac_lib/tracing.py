@@ -6,7 +6,7 @@ a recorder behind them; then the graph runs in place of the function. Explained 
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -171,7 +171,8 @@ class Traced:
         calls: dict[str, list[Call]] = {key: [] for key in self.coverage.layers}
         for i, call in noted.items():
             if i not in graph.unreached:
-                calls[call.name].append(call)
+                weight = self._matrix(graph.uses[i])
+                calls[call.name].append(replace(call, weight=weight))
         silent = [key for key, of_key in calls.items() if not of_key]
         if silent:
             raise ValueError(
@@ -337,6 +338,13 @@ class Traced:
             ignored=self._ignored,
             parameters=names_of,
         )
+
+    def _matrix(self, use: Use) -> Tensor | None:
+        """The matrix that an affine operation multiplies with, if it is a parameter as it is."""
+        if not isinstance(use.layer, Affine) or use.rows != (0, use.width):
+            return None
+        weight = self._leaves[self._wanted[use.weight]].detach()
+        return weight.T if use.transposed else weight
 
     def _key(self, weight: str) -> str:
         """The key of a weight: a module's name as with hooks, else the parameter's own."""

@@ -1,0 +1,198 @@
+"""Backpropagate a batch's vectors to the layers: in chunks, and fewer of them behind narrow places.
+
+Explained in the sections :ref:`kfac-pseudo-gradients` and :ref:`speed-classes`.
+"""
+
+import warnings
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from math import ceil
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import GradientEdge
+
+from kfac_lib.capture import Call
+from kfac_lib.compression import GramSums, Section, sections
+from kfac_lib.fisher import Fisher, TypeII
+from kfac_lib.losses import Criterion
+
+MEMORY = 2**25
+"""Bytes of pseudo-gradients that are held at a time, unless a chunk_size is given."""
+
+
+@dataclass(frozen=True)
+class RootColumns:
+    """Columns of √κ_n L_n that are made when they are needed, a few at a time.
+
+    See :ref:`speed-classes`.
+
+    Args:
+        criterion: The criterion.
+        f: The prediction, detached.
+        y: The targets.
+
+    Example:
+        >>> from kfac_lib.losses import SquaredError
+        >>> f = torch.zeros(5, 3)
+        >>> columns = RootColumns(SquaredError("mean"), f, f)
+        >>> len(columns), columns[1:].shape
+        (3, torch.Size([2, 5, 3]))
+    """
+
+    criterion: Criterion
+    f: Tensor
+    y: Tensor
+
+    def __len__(self) -> int:
+        return self.f[0].numel()
+
+    def __getitem__(self, some: slice) -> Tensor:
+        places = torch.arange(len(self), device=self.f.device)
+        units = (places[some, None] == places).to(self.f.dtype)
+        units = units.reshape(-1, 1, *self.f.shape[1:]).expand(-1, *self.f.shape)
+        return self.criterion.hessian_root_product(self.f, self.y, units)
+
+
+Vectors = Tensor | RootColumns
+"""What is backpropagated: (V, *f.shape), or columns that are made when they are needed."""
+
+
+def vectors_of(fisher: Fisher, criterion: Criterion, f: Tensor, y: Tensor) -> Vectors:
+    """A flavour's vectors; of a large root the columns one chunk at a time.
+
+    See :ref:`speed-classes`.
+
+    Example:
+        >>> from kfac_lib.losses import SquaredError
+        >>> f = torch.zeros(5, 3)
+        >>> vectors_of(TypeII(), SquaredError("mean"), f, f).shape
+        torch.Size([3, 5, 3])
+    """
+    columns = f.numel() * f[0].numel() * f.element_size()
+    if isinstance(fisher, TypeII) and columns > MEMORY:
+        return RootColumns(criterion, f.detach(), y)
+    return fisher.vectors(criterion, f, y)
+
+
+def backpropagate(
+    source: GradientEdge,
+    calls: Mapping[str, list[Call]],
+    vectors: Vectors,
+    chunk_size: int | None = None,
+) -> Iterator[dict[str, list[Tensor]]]:
+    """Find the pseudo-gradients of every call, chunk by chunk (:ref:`kfac-pseudo-gradients`).
+
+    Behind a place that is narrower than the vectors are many, they are replaced by fewer.
+
+    Args:
+        source: Where the vectors enter the graph.
+        calls: The calls behind it, by the layer's name.
+        vectors: The vectors, in the shape that the tensor has there.
+        chunk_size: How many are backpropagated at once; as many as fit into :data:`MEMORY` when
+            not given.
+
+    Yields:
+        For some of the layers, or all, one gradient (V, *shape) a call; V differs between layers.
+
+    Raises:
+        ValueError: If a layer is not reached.
+
+    Example:
+        >>> from torch.autograd.graph import get_gradient_edge
+        >>> from kfac_lib.capture import Hooks
+        >>> f, calls = Hooks(torch.nn.Linear(2, 3)).run(torch.ones(5, 2))
+        >>> chunks = backpropagate(get_gradient_edge(f), calls, torch.ones(7, 5, 3), chunk_size=4)
+        >>> [chunk[""][0].shape for chunk in chunks]
+        [torch.Size([4, 5, 3]), torch.Size([3, 5, 3])]
+    """
+    if len(vectors) == 0:
+        empty = vectors[:0]
+        yield {name: [empty.new_empty(0, *c.shape) for c in of] for name, of in calls.items()}
+        return
+    for section in sections(source, calls, len(vectors)):
+        edges = [call.edge for of_layer in section.calls.values() for call in of_layer]
+        sums = None
+        if section.cut is not None:
+            sums = GramSums(section.cut)
+            edges.append(section.cut.edge)
+        V = len(vectors)
+        size = chunk_size or _fitting(section, V)
+        for start in range(0, V, size):
+            chunk = vectors[start : start + size]
+            found = _batched_vjp(section.source, edges, chunk, keep=start + size < V)
+            if sums is not None:
+                at_cut = found.pop()
+                assert at_cut is not None  # a cut lies on a way to the layers behind it
+                sums.update(at_cut)
+            if section.calls:
+                yield _by_layer(section.calls, found)
+        if sums is not None:
+            vectors = sums.root()
+
+
+def _fitting(section: Section, V: int) -> int:
+    """How many vectors' pseudo-gradients fit into the memory, in chunks of about one size."""
+    calls = [call for of_layer in section.calls.values() for call in of_layer]
+    bytes_each = sum(call.shape.numel() * call.x.element_size() for call in calls)
+    size = min(V, max(1, MEMORY // max(1, bytes_each)))
+    return ceil(V / ceil(V / size))
+
+
+def _by_layer(
+    calls: Mapping[str, list[Call]], found: list[Tensor | None]
+) -> dict[str, list[Tensor]]:
+    given = iter(found)
+    gradients = {
+        name: [g for _, g in zip(of_layer, given, strict=False) if g is not None]
+        for name, of_layer in calls.items()
+    }
+    unreached = [name for name in calls if len(gradients[name]) < len(calls[name])]
+    if unreached:
+        raise ValueError(
+            f"The prediction does not depend on layer {unreached[0]!r}: its output is "
+            f"discarded or detached. Pass ignore={unreached} to leave it out."
+        )
+    return gradients
+
+
+def _batched_vjp(
+    source: GradientEdge, edges: list[GradientEdge], vectors: Tensor, keep: bool
+) -> list[Tensor | None]:
+    """Backpropagate V vectors in one call, or one by one where batching has no rule."""
+
+    def one_by_one() -> list[Tensor | None]:
+        last = len(vectors) - 1
+        each = [
+            torch.autograd.grad(source, edges, v, retain_graph=keep or i < last, allow_unused=True)
+            for i, v in enumerate(vectors)
+        ]
+        if last == 0:
+            return [None if g is None else g.unsqueeze(0) for g in each[0]]
+        return [None if g[0] is None else torch.stack(g) for g in zip(*each, strict=True)]
+
+    if len(vectors) == 1:
+        return one_by_one()
+    with warnings.catch_warnings():
+        # What has no rule of its own, as attention, is slower; nothing that one could mend.
+        warnings.filterwarnings("ignore", "There is a performance drop")
+        return _all_at_once(source, edges, vectors) or one_by_one()
+
+
+def _all_at_once(
+    source: GradientEdge, edges: list[GradientEdge], vectors: Tensor
+) -> list[Tensor | None] | None:
+    try:
+        # The graph must outlive a failed attempt.
+        return list(
+            torch.autograd.grad(
+                source,
+                edges,
+                vectors,
+                retain_graph=True,
+                allow_unused=True,
+                is_grads_batched=True,
+            )
+        )
+    except RuntimeError:
+        return None

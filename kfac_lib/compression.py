@@ -1,0 +1,242 @@
+"""Fewer vectors behind a narrow place: each datum's vectors, compressed to its width.
+
+Where V vectors of a datum pass a place with D < V numbers, only Σ_v g gᵀ matters behind it, and D
+vectors have the same sum. So the cost of the layers behind it stops growing with the number of
+classes. Explained in the section :ref:`speed-classes`.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import GradientEdge, get_gradient_edge
+
+from kfac_lib.capture import Call
+
+WORTHWHILE = 32
+"""Below so many vectors a batched backward pass is too short to gain from fewer of them."""
+
+
+@dataclass(frozen=True)
+class Cut:
+    """A place that all ways from the prediction to the layers behind it lead through.
+
+    See :ref:`speed-classes`.
+
+    Args:
+        edge: The place in the graph.
+        shape: Shape of the tensor there, (N, ...).
+    """
+
+    edge: GradientEdge
+    shape: torch.Size
+
+    @property
+    def width(self) -> int:
+        """How many numbers a datum has there."""
+        return self.shape[1:].numel()
+
+
+@dataclass(frozen=True)
+class Section:
+    """The layers between two cuts, or the prediction and the first (:ref:`speed-classes`).
+
+    Args:
+        source: Where the vectors enter.
+        calls: The calls whose gradients are found in this section, by the layer's name.
+        cut: Where the vectors are compressed for the sections behind; None in the last.
+    """
+
+    source: GradientEdge
+    calls: dict[str, list[Call]]
+    cut: Cut | None
+
+
+def sections(source: GradientEdge, calls: Mapping[str, list[Call]], V: int) -> list[Section]:
+    """Divide the net at places that are narrower than the number of vectors.
+
+    See :ref:`speed-classes`. A place is taken where it halves the number of vectors at least, and
+    where it divides no layer's calls: they share one set of vectors.
+
+    Args:
+        source: Where the vectors enter: the place of the prediction, or of a cut.
+        calls: The calls behind it.
+        V: Number of vectors.
+
+    Example:
+        >>> from kfac_lib.capture import Hooks
+        >>> net = torch.nn.Sequential(torch.nn.Linear(2, 3), torch.nn.Linear(3, 100))
+        >>> f, calls = Hooks(net).run(torch.ones(5, 2))
+        >>> [list(section.calls) for section in sections(get_gradient_edge(f), calls, V=100)]
+        [['1'], ['0']]
+    """
+    result, todo = [], dict(calls)
+    while V >= WORTHWHILE:
+        found = [
+            (len(near), cut.width, cut, near)
+            for cut in _candidates(todo)
+            if 2 * cut.width <= V and (near := _near(source, cut, todo)) is not None
+        ]
+        if not found:
+            break
+        _, V, cut, near = min(found, key=lambda one: one[:2])
+        result.append(Section(source, {name: todo.pop(name) for name in near}, cut))
+        source = cut.edge
+    return [*result, Section(source, todo, None)]
+
+
+@dataclass(frozen=True)
+class Head:
+    """A last layer that has a closed form, and what is behind it (:ref:`speed-classes`).
+
+    Args:
+        name: The layer's name.
+        call: Its call.
+        weight: Its matrix W, shape (C, D_in).
+        behind: The calls of the other layers.
+        cut: Its input, from where they are reached; None if there are no others.
+    """
+
+    name: str
+    call: Call
+    weight: Tensor
+    behind: dict[str, list[Call]]
+    cut: Cut | None
+
+
+def closed_head(f: Tensor, calls: Mapping[str, list[Call]]) -> Head | None:
+    """Find the layer whose vectors need not be formed (:ref:`speed-classes`).
+
+    Args:
+        f: The prediction, attached to its graph.
+        calls: What a source noted.
+
+    Returns:
+        The last layer, if the prediction (N, C) is what it gives, as an affine map of one input
+        (N, D_in) with D_in < C, and all other layers are reached through this input; else None.
+
+    Example:
+        >>> from kfac_lib.capture import Hooks
+        >>> net = torch.nn.Sequential(torch.nn.Linear(2, 3), torch.nn.Linear(3, 100))
+        >>> head = closed_head(*Hooks(net).run(torch.ones(5, 2)))
+        >>> head.name, head.cut.width
+        ('1', 3)
+    """
+    if f.ndim != 2 or f.shape[1] < WORTHWHILE:
+        return None
+    source = get_gradient_edge(f)
+    for name, of_layer in calls.items():
+        call = of_layer[0]
+        if not _same_place(call.edge, source):
+            continue
+        shape, weight = torch.Size((f.shape[0], call.x.shape[-1])), call.weight
+        if weight is None or len(of_layer) > 1 or call.before > 1 or call.x.shape != shape:
+            return None
+        if weight.shape != (f.shape[1], shape[1]) or shape[1] >= f.shape[1]:
+            return None
+        behind = {other: of_other for other, of_other in calls.items() if other != name}
+        if not behind:
+            return Head(name, call, weight, behind, None)
+        if call.input_edge is None:
+            return None
+        cut = Cut(call.input_edge, shape)
+        reached = _near(source, cut, calls) == [name]
+        return Head(name, call, weight, behind, cut) if reached else None
+    return None
+
+
+class GramSums:
+    """Each datum's Σ_v g gᵀ at a cut, and vectors with the same sum (:ref:`speed-classes`).
+
+    Args:
+        cut: The place.
+
+    Example:
+        >>> from torch.autograd.graph import get_gradient_edge
+        >>> x = torch.ones(1, 2, requires_grad=True)
+        >>> sums = GramSums(Cut(get_gradient_edge(x), x.shape))
+        >>> sums.update(torch.tensor([[[3.0, 0.0]], [[4.0, 0.0]], [[0.0, 2.0]]]))
+        >>> sums.root().abs().tolist()
+        [[[5.0, 0.0]], [[0.0, 2.0]]]
+    """
+
+    def __init__(self, cut: Cut) -> None:
+        self.cut = cut
+        self.sums: Tensor | None = None
+
+    def update(self, g: Tensor) -> None:
+        """Add a chunk of vectors at the cut, shape (V, N, ...)."""
+        rows = g.flatten(2).transpose(0, 1)
+        sums = rows.mT @ rows
+        self.sums = sums if self.sums is None else self.sums.add_(sums)
+
+    def root(self) -> Tensor:
+        """Return the vectors, shape (D, N, ...).
+
+        Raises:
+            ValueError: If there were none.
+        """
+        if self.sums is None:
+            raise ValueError("No vectors were accumulated at the cut.")
+        return root_of(self.sums).permute(2, 0, 1).reshape(-1, *self.cut.shape)
+
+
+def root_of(M: Tensor) -> Tensor:
+    """A root R of each symmetric positive semi-definite matrix M = R Rᵀ (:ref:`speed-classes`).
+
+    Cholesky's where it exists to rounding; else, as for singular matrices, from the eigenvalues.
+
+    Args:
+        M: Shape (N, D, D); where it is one matrix, expanded, it is decomposed once.
+
+    Returns:
+        Tensor of shape (N, D, D).
+
+    Example:
+        >>> root_of(torch.tensor([[[4.0, 2.0], [2.0, 5.0]]])).tolist()
+        [[[2.0, 0.0], [1.0, 2.0]]]
+    """
+    if len(M) > 1 and M.stride(0) == 0:
+        return root_of(M[:1]).expand_as(M)
+    wide = M.to(torch.promote_types(M.dtype, torch.float32))
+    root, failed = torch.linalg.cholesky_ex(wide)
+    bad = failed > 0
+    if bool(bad.any()):
+        eigenvalues, Q = torch.linalg.eigh(wide[bad])
+        root[bad] = Q * eigenvalues.clamp(min=0).sqrt().unsqueeze(1)
+    result: Tensor = root.to(M.dtype)
+    return result
+
+
+def _candidates(calls: Mapping[str, list[Call]]) -> list[Cut]:
+    """Inputs and outputs of all calls; inputs first, they have no units that are switched off."""
+    alone = [call for of_layer in calls.values() for call in of_layer if call.before == 1]
+    inputs = [Cut(call.input_edge, call.x.shape) for call in alone if call.input_edge is not None]
+    return inputs + [Cut(call.edge, call.shape) for call in alone]
+
+
+def _near(source: GradientEdge, cut: Cut, calls: Mapping[str, list[Call]]) -> list[str] | None:
+    """The layers in front of a cut; None if it is no cut, or nothing is behind it."""
+    if _same_place(source, cut.edge):
+        return None
+    seen, todo, reached = {source.node}, [source.node], False
+    while todo:
+        for child, number in todo.pop().next_functions:
+            if child is cut.edge.node:
+                if number != cut.edge.output_nr:
+                    return None
+                reached = True
+            elif child is not None and child not in seen:
+                seen.add(child)
+                todo.append(child)
+    in_front = {
+        name: {call.edge.node in seen for call in of_layer} for name, of_layer in calls.items()
+    }
+    near = [name for name, places in in_front.items() if True in places]
+    divided = any(len(places) > 1 for places in in_front.values())
+    return near if reached and not divided and len(near) < len(calls) else None
+
+
+def _same_place(one: GradientEdge, other: GradientEdge) -> bool:
+    return one.node is other.node and one.output_nr == other.output_nr
