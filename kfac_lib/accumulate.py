@@ -178,8 +178,8 @@ class FactorSums:
         self.S = _same_S(self.S, rows.S)
         shared = self.sharing.rows(rows)
         if rows.count.N:
-            self.xx = _add(self.xx, shared.input_gram())
-        self.gg = _add(self.gg, shared.output_gram())
+            self.xx = _add_to(self.xx, shared.input_gram())
+        self.gg = _add_to(self.gg, shared.output_gram())
         self.vectors += rows.V
         self.count = self.count.plus(rows.count)
 
@@ -194,7 +194,9 @@ class FactorSums:
         if other.S is None or other.xx is None or other.gg is None:
             return
         self.S = _same_S(self.S, other.S)
-        self.xx, self.gg = _add(self.xx, other.xx), _add(self.gg, other.gg)
+        zero = torch.zeros_like
+        self.xx = _add(zero(other.xx) if self.xx is None else self.xx, other.xx)
+        self.gg = _add(zero(other.gg) if self.gg is None else self.gg, other.gg)
         self.vectors += other.vectors
         self.count = self.count.plus(other.count)
 
@@ -427,6 +429,11 @@ def _fits(name: str, pattern: str) -> bool:
 
 def _add(total: Tensor | None, term: Tensor) -> Tensor:
     return term if total is None else total + term
+
+
+def _add_to(total: Tensor | None, term: Tensor) -> Tensor:
+    """As :func:`_add`, in place: for a sum and a term that nobody else holds."""
+    return term if total is None else total.add_(term)
 
 
 def _same_S(known: int | None, S: int) -> int:

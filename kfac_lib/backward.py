@@ -10,14 +10,14 @@ from math import ceil
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import GradientEdge
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from kfac_lib.capture import Call
 from kfac_lib.compression import GramSums, Section, sections
 from kfac_lib.fisher import Fisher, TypeII
 from kfac_lib.losses import Criterion
 
-MEMORY = 2**25
+MEMORY = 2**24
 """Bytes of pseudo-gradients that are held at a time, unless a chunk_size is given."""
 
 
@@ -58,8 +58,10 @@ Vectors = Tensor | RootColumns
 """What is backpropagated: (V, *f.shape), or columns that are made when they are needed."""
 
 
-def vectors_of(fisher: Fisher, criterion: Criterion, f: Tensor, y: Tensor) -> Vectors:
-    """A flavour's vectors; of a large root the columns one chunk at a time.
+def vectors_of(
+    fisher: Fisher, criterion: Criterion, f: Tensor, y: Tensor, chunk_size: int | None = None
+) -> Vectors:
+    """A flavour's vectors; of a large root, or for small chunks, made chunk by chunk.
 
     See :ref:`speed-classes`.
 
@@ -70,13 +72,14 @@ def vectors_of(fisher: Fisher, criterion: Criterion, f: Tensor, y: Tensor) -> Ve
         torch.Size([3, 5, 3])
     """
     columns = f.numel() * f[0].numel() * f.element_size()
-    if isinstance(fisher, TypeII) and columns > MEMORY:
+    few = chunk_size is not None and chunk_size < f[0].numel()
+    if isinstance(fisher, TypeII) and (columns > MEMORY or (few and fisher.columns == "full")):
         return RootColumns(criterion, f.detach(), y)
     return fisher.vectors(criterion, f, y)
 
 
 def backpropagate(
-    source: GradientEdge,
+    source: Tensor | GradientEdge,
     calls: Mapping[str, list[Call]],
     vectors: Vectors,
     chunk_size: int | None = None,
@@ -86,7 +89,7 @@ def backpropagate(
     Behind a place that is narrower than the vectors are many, they are replaced by fewer.
 
     Args:
-        source: Where the vectors enter the graph.
+        source: Where the vectors enter the graph: the prediction, or a cut's edge.
         calls: The calls behind it, by the layer's name.
         vectors: The vectors, in the shape that the tensor has there.
         chunk_size: How many are backpropagated at once; as many as fit into :data:`MEMORY` when
@@ -99,10 +102,9 @@ def backpropagate(
         ValueError: If a layer is not reached.
 
     Example:
-        >>> from torch.autograd.graph import get_gradient_edge
         >>> from kfac_lib.capture import Hooks
         >>> f, calls = Hooks(torch.nn.Linear(2, 3)).run(torch.ones(5, 2))
-        >>> chunks = backpropagate(get_gradient_edge(f), calls, torch.ones(7, 5, 3), chunk_size=4)
+        >>> chunks = backpropagate(f, calls, torch.ones(7, 5, 3), chunk_size=4)
         >>> [chunk[""][0].shape for chunk in chunks]
         [torch.Size([4, 5, 3]), torch.Size([3, 5, 3])]
     """
@@ -110,7 +112,8 @@ def backpropagate(
         empty = vectors[:0]
         yield {name: [empty.new_empty(0, *c.shape) for c in of] for name, of in calls.items()}
         return
-    for section in sections(source, calls, len(vectors)):
+    place = get_gradient_edge(source) if isinstance(source, Tensor) else source
+    for section in sections(place, calls, len(vectors)):
         edges = [call.edge for of_layer in section.calls.values() for call in of_layer]
         sums = None
         if section.cut is not None:
@@ -120,15 +123,17 @@ def backpropagate(
         size = chunk_size or _fitting(section, V)
         for start in range(0, V, size):
             chunk = vectors[start : start + size]
-            found = _batched_vjp(section.source, edges, chunk, keep=start + size < V)
+            found = _batched_vjp(source, edges, chunk, keep=start + size < V)
             if sums is not None:
                 at_cut = found.pop()
                 assert at_cut is not None  # a cut lies on a way to the layers behind it
                 sums.update(at_cut)
             if section.calls:
-                yield _by_layer(section.calls, found)
+                gradients = _by_layer(section.calls, found)
+                del found  # who takes them out of the dict can free them
+                yield gradients
         if sums is not None:
-            vectors = sums.root()
+            source, vectors = sums.cut.edge, sums.root()
 
 
 def _fitting(section: Section, V: int) -> int:
@@ -157,16 +162,13 @@ def _by_layer(
 
 
 def _batched_vjp(
-    source: GradientEdge, edges: list[GradientEdge], vectors: Tensor, keep: bool
+    source: Tensor | GradientEdge, edges: list[GradientEdge], vectors: Tensor, keep: bool
 ) -> list[Tensor | None]:
     """Backpropagate V vectors in one call, or one by one where batching has no rule."""
 
     def one_by_one() -> list[Tensor | None]:
         last = len(vectors) - 1
-        each = [
-            torch.autograd.grad(source, edges, v, retain_graph=keep or i < last, allow_unused=True)
-            for i, v in enumerate(vectors)
-        ]
+        each = [_vjp(source, edges, v, keep or i < last) for i, v in enumerate(vectors)]
         if last == 0:
             return [None if g is None else g.unsqueeze(0) for g in each[0]]
         return [None if g[0] is None else torch.stack(g) for g in zip(*each, strict=True)]
@@ -179,8 +181,19 @@ def _batched_vjp(
         return _all_at_once(source, edges, vectors) or one_by_one()
 
 
+def _vjp(
+    source: Tensor | GradientEdge, edges: list[GradientEdge], v: Tensor, keep: bool
+) -> tuple[Tensor | None, ...]:
+    if not isinstance(source, Tensor):
+        return torch.autograd.grad(source, edges, v, retain_graph=keep, allow_unused=True)
+    # Of a scalar: to check vectors that it is given, torch imports sympy, 35 MB.
+    with torch.enable_grad():
+        product = (source * v).sum()
+    return torch.autograd.grad(product, edges, retain_graph=keep, allow_unused=True)
+
+
 def _all_at_once(
-    source: GradientEdge, edges: list[GradientEdge], vectors: Tensor
+    source: Tensor | GradientEdge, edges: list[GradientEdge], vectors: Tensor
 ) -> list[Tensor | None] | None:
     try:
         # The graph must outlive a failed attempt.

@@ -31,7 +31,8 @@ class Call:
         x: Its input, of any shape with the datum as axis 0 (but see ``before``).
         version: The input's version counter when the layer read it.
         shape: The shape of its output.
-        edge: Where the output enters the graph; usable as input of :func:`torch.autograd.grad`.
+        edge: Where the output enters the graph; usable as input of :func:`torch.autograd.grad`,
+            whose result is to be reshaped to ``shape``.
         before: Product of the sizes of the axes in front of the datum's, in row-major order: 1
             where the datum is axis 0, S for inputs (S, N, D_in), or those merged as (S·N, D_in).
         input_edge: Where the input comes from in the graph; None where nothing is behind it, or its
@@ -150,20 +151,19 @@ def capture(
                 "so nothing can be backpropagated to it. Run the model with grad."
             )
         check_linear(name, layer, x, z)
+        edge, handed_on = place_of(z)
         call = Call(
             name,
             layer,
             x.detach(),
             x._version,
             z.shape,
-            get_gradient_edge(z),
+            edge,
             input_edge=get_gradient_edge(x) if x.requires_grad else None,
             weight=layer.weight.detach() if isinstance(layer, nn.Linear) else None,
         )
         calls[name].append(call)
-        # A change in place of a view (a Linear with bias on shared axes returns one) takes the
-        # noted place out of the graph; of a copy it does not.
-        return z.clone() if z._is_view() else None
+        return handed_on
 
     with ExitStack() as stack:
         named = [
@@ -182,6 +182,32 @@ def capture(
             handle = layer.register_forward_hook(hook, prepend=True, with_kwargs=True)
             stack.callback(handle.remove)
         yield calls
+
+
+def place_of(z: Tensor) -> tuple[GradientEdge, Tensor]:
+    """Where an output enters the graph, safe from later changes in place (:ref:`kfac-rows`).
+
+    A change in place of a view takes the view's own place out of the graph, but not that of the
+    tensor which it is a view of. A Linear with bias on shared axes returns such a view.
+
+    Args:
+        z: The output, attached to its graph.
+
+    Returns:
+        The place, with the entries of z in the same order, and the tensor to hand on: z, or a copy.
+
+    Example:
+        >>> edge, z = place_of(nn.Linear(2, 3)(torch.ones(5, 7, 2)))
+        >>> edge.node.name(), z.shape
+        ('AddmmBackward0', torch.Size([5, 7, 3]))
+    """
+    if not z._is_view():
+        return get_gradient_edge(z), z
+    base = z._base
+    same = base is not None and base.numel() == z.numel() and base.requires_grad
+    if base is not None and same and base.is_contiguous() and z.is_contiguous():
+        return get_gradient_edge(base), z
+    return get_gradient_edge(z), z.clone()
 
 
 def check_calls(calls: Mapping[str, list[Call]], f: Tensor) -> None:

@@ -213,7 +213,7 @@ def _candidates(calls: Mapping[str, list[Call]]) -> list[Cut]:
     """Inputs and outputs of all calls; inputs first, they have no units that are switched off."""
     alone = [call for of_layer in calls.values() for call in of_layer if call.before == 1]
     inputs = [Cut(call.input_edge, call.x.shape) for call in alone if call.input_edge is not None]
-    return inputs + [Cut(call.edge, call.shape) for call in alone]
+    return inputs + [Cut(call.edge, call.shape) for call in alone if len(call.shape) == 2]
 
 
 def _near(source: GradientEdge, cut: Cut, calls: Mapping[str, list[Call]]) -> list[str] | None:

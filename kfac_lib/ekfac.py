@@ -15,6 +15,7 @@ from kfac_lib.fisher import Fisher, TypeII, require_vectors
 from kfac_lib.kfac import (
     Bias,
     Blocks,
+    Held,
     accumulate,
     described,
     factor_sums,
@@ -104,13 +105,14 @@ class EKFAC(Blocks[EigenKronecker | BlockDiagonal]):
         parts = {name: parts_of(source.coverage, name, bias) for name in choice}
         rewind = same_draws(fisher, data)
         data = _in_order(data) if hasattr(fisher, "generator") else data
-        # Rows of one batch and one chunk are in memory together anyway: no need to run it again.
-        held: list[tuple[str, Rows]] | None = [] if is_pair(data) and chunk_size is None else None
+        # Where the rows of one batch fit into memory together, there is no need to run it again.
+        held = Held() if is_pair(data) and chunk_size is None else None
         factors = factor_sums(source, criterion, data, fisher, choice, chunk_size, held)
         sums: dict[str, _OfLayer] = {}
         of_part: dict[str, Sharing] = {}
-        for name, of_layer in factors.items():
-            A, B = require_finite(name, *of_layer.finish(criterion))
+        counts = {name: of_layer.count for name, of_layer in factors.items()}
+        for name in counts:
+            A, B = require_finite(name, *factors.pop(name).finish(criterion))
             sums[name] = _OfLayer(
                 {
                     key: EigenSums(bases_of(element(of_part_of(A, part), B)), part)
@@ -118,15 +120,16 @@ class EKFAC(Blocks[EigenKronecker | BlockDiagonal]):
                 }
             )
             of_part |= dict.fromkeys(parts[name], choice[name])
-        if held is None:
+        if held is not None and held.rows is not None:
+            for name, rows in held.rows:
+                sums[name].update(rows)
+        else:
             rewind()
             accumulate(sums, source, criterion, data, fisher, chunk_size)
-        for name, rows in held or ():
-            sums[name].update(rows)
-        for name, of_layer in factors.items():
-            if of_layer.count != sums[name].count:
+        for name, count in counts.items():
+            if count != sums[name].count:
                 raise ValueError(
-                    f"The data differ between the two passes of EKFAC: {of_layer.count} at first, "
+                    f"The data differ between the two passes of EKFAC: {count} at first, "
                     f"{sums[name].count} then. Give data that are the same each time."
                 )
         return cls(

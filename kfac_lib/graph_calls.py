@@ -15,7 +15,7 @@ from torch import Tensor, fx, nn
 from torch.autograd.graph import get_gradient_edge
 from torch.utils import _pytree as pytree
 
-from kfac_lib.capture import Call, _reaching_other_data
+from kfac_lib.capture import Call, _reaching_other_data, place_of
 from kfac_lib.coverage import _paste
 from kfac_lib.graph import Batch, describe
 from kfac_lib.graph_uses import Use
@@ -223,6 +223,7 @@ class RecordedGraph:
             if i in self.unreached:
                 continue
             use, call = self.uses[i], calls[i]
+            g = g.reshape(call.shape)
             parts = {use.weight: _weight_sum(call, g, use.transposed)}
             if use.bias is not None:
                 parts[use.bias] = output_rows(call.layer, g.unsqueeze(0)).flatten(0, 2).sum(0)
@@ -270,21 +271,21 @@ def _record(recorder: _Recorder, i: int, x: Tensor, z: Tensor) -> Tensor:
     x = x.detach()
     noted = z.permute(use.z_axes) if use.z_axes else z
     noted = noted if whole else nn.functional.pad(noted, (start, use.width - stop))
+    edge, noted = place_of(noted)
     recorder.calls[i] = Call(
         name=graph.keys[i],
         layer=use.layer,
         x=x.permute(use.x_axes) if use.x_axes else x,
         version=x._version,
         shape=noted.shape,
-        edge=get_gradient_edge(noted),
+        edge=edge,
         before=graph.before[i],
         input_edge=input_edge,
     )
-    noted = noted if whole else noted.narrow(-1, start, stop - start)
+    noted = noted if whole else noted.narrow(-1, start, stop - start).contiguous()
     if use.z_axes:
         noted = noted.permute([use.z_axes.index(axis) for axis in range(noted.ndim)])
-    # As with hooks: a change in place of a view takes the noted place out of the graph.
-    return noted.clone() if noted._is_view() else noted
+    return noted
 
 
 def _weight_sum(call: Call, g: Tensor, transposed: bool) -> Tensor:

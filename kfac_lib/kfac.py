@@ -17,6 +17,7 @@ from kfac_lib.accumulate import (
     Sharing,
     sharing_of,
 )
+from kfac_lib.backward import MEMORY
 from kfac_lib.capture import Hooks, Source, is_finite
 from kfac_lib.coverage import Coverage, cover
 from kfac_lib.damping import layer_inverse
@@ -42,6 +43,37 @@ class Accumulator(Protocol):
 
     def update(self, rows: Rows) -> None:
         """Add the rows of a batch, or of a further chunk of its vectors."""
+
+
+class Held:
+    """Rows that are kept for a second use, as long as they are few (:ref:`ekfac-cost`).
+
+    Args:
+        limit: Bytes of pseudo-gradients above which all are dropped.
+
+    Example:
+        >>> from kfac_lib.rows import LayerRows
+        >>> rows = LayerRows(torch.ones(5, 1, 2), torch.ones(3, 5, 1, 1), None, Count(5, 5))
+        >>> held = Held(limit=100)
+        >>> held.add("fc", rows)
+        >>> len(held.rows)
+        1
+        >>> held.add("fc", rows)
+        >>> print(held.rows)
+        None
+    """
+
+    def __init__(self, limit: int = MEMORY) -> None:
+        self.rows: list[tuple[str, Rows]] | None = []
+        self._left = limit
+
+    def add(self, name: str, rows: Rows) -> None:
+        """Keep a layer's rows, or drop all."""
+        self._left -= rows.nbytes
+        if self._left < 0:
+            self.rows = None
+        if self.rows is not None:
+            self.rows.append((name, rows))
 
 
 class Blocks(Mapping[str, Block], Generic[Block]):
@@ -219,8 +251,8 @@ class KFAC(Blocks[Kronecker | BlockDiagonal]):
         sums = factor_sums(source, criterion, data, fisher, choice, chunk_size)
         factors: dict[str, Kronecker | BlockDiagonal] = {}
         of_part: dict[str, Sharing] = {}
-        for name, of_layer in sums.items():
-            A, B = require_finite(name, *of_layer.finish(criterion))
+        for name in list(sums):
+            A, B = require_finite(name, *sums.pop(name).finish(criterion))
             for key, part in parts[name].items():
                 factors[key] = element(of_part_of(A, part), B)
                 of_part[key] = choice[name]
@@ -350,7 +382,7 @@ def factor_sums(
     fisher: Fisher,
     sharing: Mapping[str, Sharing],
     chunk_size: int | None = None,
-    held: list[tuple[str, Rows]] | None = None,
+    held: Held | None = None,
 ) -> dict[str, FactorSums]:
     """The raw sums of every layer's factors, over all data (:ref:`kfac-batches`).
 
@@ -361,7 +393,7 @@ def factor_sums(
         fisher: The flavour.
         sharing: Each layer's sharing.
         chunk_size: How many vectors are backpropagated at once; all when not given.
-        held: List to which all rows are appended, if they are needed once more.
+        held: Where the rows are kept, if they are needed once more.
 
     Example:
         >>> source, data = Hooks(nn.Linear(2, 3)), (torch.ones(5, 2), torch.zeros(5, 3))
@@ -381,7 +413,7 @@ def accumulate(
     data: Data,
     fisher: Fisher,
     chunk_size: int | None = None,
-    held: list[tuple[str, Rows]] | None = None,
+    held: Held | None = None,
 ) -> None:
     """Feed the rows of all data to one accumulator a layer (:ref:`kfac-batches`).
 
@@ -392,7 +424,7 @@ def accumulate(
         data: One pair (X, y), or an iterable of them.
         fisher: The flavour.
         chunk_size: How many vectors are backpropagated at once; all when not given.
-        held: List to which all rows are appended, if they are needed once more.
+        held: Where the rows are kept, if they are needed once more.
 
     Raises:
         ValueError: If no datum counts, or the data are bad.
@@ -411,7 +443,7 @@ def accumulate(
     for name, rows in stream(source, criterion, fisher, data, chunk_size=chunk_size):
         accumulators[name].update(rows)
         if held is not None:
-            held.append((name, rows))
+            held.add(name, rows)
     if all(accumulator.count.N == 0 for accumulator in accumulators.values()):
         raise ValueError(
             "No datum counts: the labels of all data are ignored (ignore_index). Give data with "

@@ -117,7 +117,12 @@ class Convolution:
             x = torch.stack(places, dim=-1)
         return x.flatten(1)
 
-    def _padded(self, x: Tensor) -> Tensor:
+    def check(self, x: Tensor) -> None:
+        """Refuse an input without an axis for the data.
+
+        Raises:
+            ValueError: If its number of axes is another than that of the kernel and two.
+        """
         axes = len(self.kernel_size)
         if x.ndim != axes + 2:
             raise ValueError(
@@ -125,6 +130,9 @@ class Convolution:
                 f"the datum: give (N, C_in, ...) with {axes + 2} axes, as x.unsqueeze(0) does for "
                 "one datum."
             )
+
+    def _padded(self, x: Tensor) -> Tensor:
+        self.check(x)
         if not any(side for pair in self.padding for side in pair):
             return x
         mode = "constant" if self.padding_mode == "zeros" else self.padding_mode
@@ -143,6 +151,9 @@ class Patches:
         images: The input, shape (N, C_in, ...).
         convolution: What cuts them.
 
+    Raises:
+        ValueError: If the input has no axis for the data.
+
     Example:
         >>> patches = Patches(torch.ones(5, 2, 8, 8), Convolution.of(nn.Conv2d(2, 4, 3)))
         >>> patches.rows().shape, patches.total().shape
@@ -151,6 +162,9 @@ class Patches:
 
     images: Tensor
     convolution: Convolution
+
+    def __post_init__(self) -> None:
+        self.convolution.check(self.images)
 
     def __len__(self) -> int:
         return len(self.images)

@@ -113,6 +113,11 @@ class LayerRows:
         """Number of vectors."""
         return len(self.g)
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the pseudo-gradients."""
+        return self.g.nbytes
+
     def reduced(self) -> "LayerRows":
         """Return the rows summed over the shared axis, with S = 1."""
         bias = None if self.bias is None else self.bias * self.S
@@ -236,6 +241,11 @@ class TokenRows:
         """Number of vectors."""
         return len(self.g)
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the pseudo-gradients."""
+        return self.g.nbytes
+
     def reduced(self) -> LayerRows:
         """Return the rows summed over the shared axis, with S = 1: each datum's counts."""
         counts = self._zeros(len(self.tokens), self.num_embeddings + 1)
@@ -338,6 +348,11 @@ class PatchRows:
         """Number of vectors."""
         return len(self.g)
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the pseudo-gradients."""
+        return self.g.nbytes
+
     def reduced(self) -> LayerRows:
         """Return the rows summed over the shared axis, with S = 1."""
         bias = None if self.bias is None else self.bias * self.S
@@ -427,6 +442,11 @@ class OutputRows:
     def V(self) -> int:
         """Number of vectors."""
         return self.hessian.weights.shape[1]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of what stands for the vectors."""
+        return self.hessian.weights.nbytes
 
     def reduced(self) -> "OutputRows":
         """Return the rows as they are: there is one position."""
@@ -550,5 +570,5 @@ def _with_one(x: Tensor, bias: float, Q_A: Tensor | None) -> Tensor:
     return x + bias * Q_A[-1]
 
 
-_ENTRIES = 2**22
+_ENTRIES = 2**20
 """How many entries of P, or of patches, are held at a time."""

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import get_gradient_edge
+from torch.autograd.graph import GradientEdge
 
 from kfac_lib.backward import Vectors, backpropagate, vectors_of
 from kfac_lib.capture import Call, Source, is_finite
@@ -168,10 +168,11 @@ def stream(
         count = Count(N, criterion.denominator(f, y))
         head = closed_head(f, calls) if isinstance(fisher, TypeII) else None
         hessian = None if head is None else criterion.output_hessian(f.detach(), y)
+        place: Tensor | GradientEdge
         vectors: Vectors
         if head is None or hessian is None:
-            place, behind = get_gradient_edge(f), calls
-            vectors = vectors_of(fisher, criterion, f, y)
+            place, behind = f, calls
+            vectors = vectors_of(fisher, criterion, f, y, chunk_size)
         else:
             yield (
                 head.name,
@@ -219,10 +220,10 @@ def _rows_of(call: Call, N: int) -> Tensor:
 
 
 def _joined_outputs(calls: list[Call], gradients: list[Tensor], N: int) -> Tensor:
-    parts = [
-        _unmerged(output_rows(call.layer, _datum_first(call, g, N, 1)), N, 1)
-        for call, g in zip(calls, gradients, strict=True)
-    ]
+    parts = []
+    for call, g in zip(calls, gradients, strict=True):
+        datum_first = _datum_first(call, g.reshape(len(g), *call.shape), N, 1)
+        parts.append(_unmerged(output_rows(call.layer, datum_first), N, 1))
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
 
 

@@ -113,7 +113,8 @@ def rows_of(case: ExactCase, of_vectors: str) -> Mapping[str, list[tuple[Tensor,
         for call in of_layer:
             x = input_rows(call.layer, call.x).to(f.dtype)
             g = [torch.autograd.grad(f, call.edge, v, retain_graph=True)[0] for v in delta]
-            stacked = torch.stack(g) if g else f.new_empty(0, *call.shape)
+            stacked = torch.stack(g) if g else f.new_empty(0)
+            stacked = stacked.reshape(len(g), *call.shape)
             result.setdefault(name, []).append((x[keep], output_rows(call.layer, stacked)[:, keep]))
     return result
 
