@@ -3,6 +3,7 @@
 Explained in the sections :ref:`kfac-pseudo-gradients` and :ref:`speed-classes`.
 """
 
+import sys
 import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -45,7 +46,7 @@ class RootColumns:
     y: Tensor
 
     def __len__(self) -> int:
-        return self.f[0].numel()
+        return self.f.shape[1:].numel()
 
     def __getitem__(self, some: slice) -> Tensor:
         places = torch.arange(len(self), device=self.f.device)
@@ -71,8 +72,8 @@ def vectors_of(
         >>> vectors_of(TypeII(), SquaredError("mean"), f, f).shape
         torch.Size([3, 5, 3])
     """
-    columns = f.numel() * f[0].numel() * f.element_size()
-    few = chunk_size is not None and chunk_size < f[0].numel()
+    columns = f.nbytes * f.shape[1:].numel()
+    few = chunk_size is not None and chunk_size < f.shape[1:].numel()
     if isinstance(fisher, TypeII) and (columns > MEMORY or (few and fisher.columns == "full")):
         return RootColumns(criterion, f.detach(), y)
     return fisher.vectors(criterion, f, y)
@@ -184,7 +185,7 @@ def _batched_vjp(
 def _vjp(
     source: Tensor | GradientEdge, edges: list[GradientEdge], v: Tensor, keep: bool
 ) -> tuple[Tensor | None, ...]:
-    if not isinstance(source, Tensor):
+    if not isinstance(source, Tensor) or "sympy" in sys.modules:
         return torch.autograd.grad(source, edges, v, retain_graph=keep, allow_unused=True)
     # Of a scalar: to check vectors that it is given, torch imports sympy, 35 MB.
     with torch.enable_grad():

@@ -6,8 +6,9 @@ it. Explained in the section :ref:`kfac-rows`.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from math import isfinite
 from typing import Any, Protocol
 
@@ -84,6 +85,7 @@ class Hooks:
     def __init__(self, model: nn.Module, coverage: Coverage | None = None) -> None:
         self.model = model
         self.coverage = cover(model) if coverage is None else coverage
+        self._devices = {p.device.type for p in model.parameters()}
 
     def run(self, X: Any) -> tuple[Tensor, dict[str, list[Call]]]:
         """Return the prediction, attached to its graph, and the calls of every layer.
@@ -92,8 +94,7 @@ class Hooks:
             ValueError: If a layer did not run, or what it read was overwritten, or under autocast.
             NotImplementedError: If a weight is used outside of its layer.
         """
-        devices = {p.device.type for p in self.model.parameters()}
-        if any(torch.is_autocast_enabled(kind) for kind in devices):
+        if any(torch.is_autocast_enabled(kind) for kind in self._devices):
             raise ValueError(
                 "Under autocast a layer's inputs and gradients have different dtypes. Leave "
                 "torch.autocast() first, or convert the model, as in model.bfloat16()."
@@ -137,9 +138,8 @@ def capture(
     """
     calls: dict[str, list[Call]] = {name: [] for name in layers}
 
-    def record(name: str, layer: nn.Module, args: Any, kwargs: Any, z: Any) -> Tensor | None:
-        given = [t for t in (*args, *kwargs.values()) if isinstance(t, Tensor)]
-        x = given[0] if given else None
+    def record(name: str, layer: nn.Module, args: Any, kwargs: Any, z: Any) -> Tensor:
+        x = next((t for t in (*args, *kwargs.values()) if isinstance(t, Tensor)), None)
         if not isinstance(x, Tensor) or not isinstance(z, Tensor):
             raise NotImplementedError(
                 f"Layer {name!r} ({type(layer).__name__}) does not take and return one tensor. "
@@ -165,23 +165,18 @@ def capture(
         calls[name].append(call)
         return handed_on
 
-    with ExitStack() as stack:
-        named = [
-            (name, layer)
-            for name, given in layers.items()
-            for layer in ([given] if isinstance(given, nn.Module) else given)
-        ]
-        for name, layer in named:
-
-            def hook(
-                layer: nn.Module, args: Any, kwargs: Any, z: Any, *, name: str = name
-            ) -> Tensor | None:
-                return record(name, layer, args, kwargs, z)
-
-            # Before the caller's own hooks, which may replace the output.
-            handle = layer.register_forward_hook(hook, prepend=True, with_kwargs=True)
-            stack.callback(handle.remove)
+    handles = []
+    try:
+        for name, given in layers.items():
+            for layer in [given] if isinstance(given, nn.Module) else given:
+                hook = partial(record, name)
+                # Before the caller's own hooks, which may replace the output.
+                handle = layer.register_forward_hook(hook, prepend=True, with_kwargs=True)
+                handles.append(handle)
         yield calls
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def place_of(z: Tensor) -> tuple[GradientEdge, Tensor]:

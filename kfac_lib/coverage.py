@@ -80,7 +80,12 @@ def cover(
     if not isinstance(model, nn.Module):
         raise TypeError(f"The model is a {type(model).__name__}; give a torch.nn.Module.")
     modules = dict(model.named_modules(remove_duplicate=False))
-    parameters = dict(model.named_parameters(remove_duplicate=False))
+    parameters = {
+        f"{name}.{leaf}" if name else leaf: p
+        for name, module in modules.items()
+        for leaf, p in module._parameters.items()
+        if p is not None
+    }
     names_of = _names_by_tensor(parameters)
     wanted, frozen = select(parameters, layers, ignore)
     unsupported = [n for n in wanted if not is_supported(modules[_owner(n)]) or not _is_known(n)]

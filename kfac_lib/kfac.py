@@ -498,8 +498,8 @@ def require_finite(name: str, *results: Tensor) -> tuple[Tensor, ...]:
         >>> (A,) = require_finite("fc", torch.eye(2))
     """
     # In a positive semi-definite matrix no entry exceeds the largest on the diagonal.
-    traces = torch.stack([_diagonal_of(result).sum() for result in results])
-    if not is_finite(traces) and not all(is_finite(result) for result in results):
+    traces = [r.trace() if r.ndim == 2 else _diagonal_of(r).sum() for r in results]
+    if not is_finite(sum(traces[1:], traces[0])) and not all(map(is_finite, results)):
         raise ValueError(
             f"The factors of layer {name!r} hold NaN or inf: its inputs or gradients overflow in "
             f"{results[0].dtype}. Look at the scale of the data and of the parameters."

@@ -6,7 +6,7 @@ two short functions, registered for its type; everything else then works.
 """
 
 from dataclasses import dataclass
-from functools import singledispatch
+from functools import cache, singledispatch
 from math import prod
 from typing import Any
 
@@ -485,12 +485,8 @@ def check_linear(name: str, layer: nn.Module, x: Tensor, z: Tensor) -> None:
         >>> layer = nn.Linear(2, 3)
         >>> check_linear("fc", layer, x := torch.ones(5, 2), layer(x))
     """
-    kind = kind_of(layer)
-    own = all(
-        getattr(getattr(layer, method, None), "__func__", None) is getattr(kind, method, None)
-        for method in ("forward", "_conv_forward")
-    )
-    if own and not _global_forward_hooks:
+    own = _has_the_forward_of_its_kind(type(layer))  # type: ignore[arg-type]
+    if own and not any(name in vars(layer) for name in _FORWARD) and not _global_forward_hooks:
         return
     G = groups_of(layer)
     rows = input_rows(layer, x.detach())
@@ -517,6 +513,15 @@ def check_linear(name: str, layer: nn.Module, x: Tensor, z: Tensor) -> None:
         f"x Wᵀ + b with its own weight and bias, or does not depend on them so. Put what it adds "
         f"into a module of its own, or pass ignore=[{name!r}] to leave it out."
     )
+
+
+_FORWARD = ("forward", "_conv_forward")
+
+
+@cache
+def _has_the_forward_of_its_kind(of: type[nn.Module]) -> bool:
+    kind = next(kind for kind in _kinds() if issubclass(of, kind))
+    return all(getattr(of, name, None) is getattr(kind, name, None) for name in _FORWARD)
 
 
 def _per_axis(option: int | tuple[int, ...], kernel_size: tuple[int, ...]) -> tuple[int, ...]:

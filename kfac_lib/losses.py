@@ -275,10 +275,9 @@ class CrossEntropy(Criterion):
                 f"CrossEntropyLoss: the targets have dtype {y.dtype}. Give class indices, for "
                 "example y.long()."
             )
-        labels = y.long()[self._valid(y)]
-        if labels.numel() == 0:
-            return
-        low, high = (int(bound) for bound in labels.aminmax())
+        low, high = _range(y)
+        if low < 0 or high >= K:
+            low, high = _range(y[self._valid(y)])
         if low < 0 or high >= K:
             raise ValueError(
                 f"CrossEntropyLoss: the targets lie in {low}..{high}, but the logits have "
@@ -297,7 +296,7 @@ class CrossEntropy(Criterion):
 
     def gradient(self, f: Tensor, y: Tensor) -> Tensor:  # noqa: D102
         targets = self._weighted_targets(f, y)
-        return targets.sum(1, keepdim=True) * f.softmax(1) - targets
+        return targets.sum(1, keepdim=True) * _softmax(f) - targets
 
     def kappa(self, f: Tensor, y: Tensor) -> Tensor:  # noqa: D102
         if self._are_probabilities(f, y):
@@ -321,7 +320,7 @@ class CrossEntropy(Criterion):
         # q_j (e_j − (p + q_K e_K) / (1 + q_K)), no small divisor, exact at p = 0 and p = 1.
         # Every column is a multiple of q_j, and there √κ enters.
         classes = f.shape[1]
-        p = f.flatten(2).softmax(1) if f.ndim > 2 else f.softmax(1).unsqueeze(2)
+        p = _softmax(f).unsqueeze(2) if f.ndim == 2 else _softmax(f.flatten(2))
         q = p.sqrt()
         kappa = self.kappa(f, y).reshape(len(f), 1, -1)
         if columns == "full" or classes == 1:
@@ -336,10 +335,10 @@ class CrossEntropy(Criterion):
 
     def output_hessian(self, f: Tensor, y: Tensor) -> OutputHessian | None:  # noqa: D102
         kappa = self.kappa(f, y).expand(len(f), 1) if f.ndim == 2 else None
-        return None if kappa is None else OutputHessian(f.softmax(1), kappa)
+        return None if kappa is None else OutputHessian(_softmax(f), kappa)
 
     def hessian_root_product(self, f: Tensor, y: Tensor, u: Tensor) -> Tensor:  # noqa: D102
-        p = f.softmax(1)
+        p = _softmax(f)
         q = p.sqrt()
         product = q * u - p * (q * u).sum(2, keepdim=True)
         return self.kappa(f, y).sqrt() * product
@@ -347,7 +346,7 @@ class CrossEntropy(Criterion):
     def sample(self, f: Tensor, samples: int, generator: torch.Generator | None) -> Tensor:  # noqa: D102
         # Inverse transform sampling, several times faster than torch.multinomial: the first class
         # whose cumulated probability exceeds a uniform number.
-        p = f.detach().movedim(1, -1).softmax(-1)
+        p = _softmax(f.detach()).movedim(1, -1)
         cumulated = p.cumsum(-1)
         u = torch.rand(
             (*p.shape[:-1], samples), dtype=f.dtype, device=f.device, generator=generator
@@ -356,7 +355,7 @@ class CrossEntropy(Criterion):
         return labels.clamp_(max=p.shape[-1] - 1).movedim(-1, 0)
 
     def log_likelihood_gradient(self, f: Tensor, labels: Tensor) -> Tensor:  # noqa: D102
-        gradient = (-f.softmax(1)).expand(len(labels), *f.shape).clone()
+        gradient = (-_softmax(f)).expand(len(labels), *f.shape).clone()
         index = labels.long().unsqueeze(2)
         return gradient.scatter_add_(2, index, gradient.new_ones(()).expand(index.shape))
 
@@ -364,7 +363,7 @@ class CrossEntropy(Criterion):
         classes = f.shape[1]
         shape = (classes, len(f), *f.shape[2:])
         labels = torch.arange(classes, device=f.device).reshape(-1, *[1] * (f.ndim - 1))
-        probabilities = f.softmax(1).movedim(1, 0).unsqueeze(2)
+        probabilities = _softmax(f).movedim(1, 0).unsqueeze(2)
         gradients = self.log_likelihood_gradient(f, labels.expand(shape))
         weighted = -probabilities.sqrt() * gradients
         return _at_each_position(weighted.reshape(*weighted.shape[:3], -1), f)
@@ -555,6 +554,19 @@ def criterion_of(loss_func: nn.Module | Criterion) -> Criterion:
 def _reduction(loss_func: nn.Module) -> Reduction:
     reduction: Reduction = loss_func.reduction  # type: ignore[assignment]
     return reduction
+
+
+def _range(labels: Tensor) -> tuple[int, int]:
+    """Smallest and largest label; zero where there is none."""
+    if labels.numel() == 0:
+        return 0, 0
+    low, high = labels.aminmax()
+    return int(low), int(high)
+
+
+def _softmax(f: Tensor) -> Tensor:
+    """Softmax over the classes, axis 1; of few classes transposed, several times faster so."""
+    return f.T.softmax(0).T.contiguous() if f.ndim == 2 and f.shape[1] < 64 else f.softmax(1)
 
 
 def _check_same_shape(loss: str, f: Tensor, y: Tensor) -> None:

@@ -45,7 +45,7 @@ class Count(NamedTuple):
         return Count(weight * self.N, weight * self.denominator)
 
 
-def gram(rows: Tensor) -> Tensor:
+def gram(rows: Tensor, out: Tensor | None = None) -> Tensor:
     """The Gram matrix rowsᵀ rows, the product that KFAC spends most of its time on.
 
     See :ref:`kfac-factors`. Of a wide matrix the block below the diagonal is not computed but
@@ -53,6 +53,7 @@ def gram(rows: Tensor) -> Tensor:
 
     Args:
         rows: Tensor of shape (rows, D).
+        out: Tensor of shape (D, D) to write to, if given.
 
     Returns:
         Tensor of shape (D, D).
@@ -63,13 +64,13 @@ def gram(rows: Tensor) -> Tensor:
     """
     D = rows.shape[1]
     if D <= 128:  # below, one product is faster than three
-        return rows.T @ rows
+        return torch.mm(rows.T, rows, out=out)
     half = D // 2
     left, right = rows[:, :half], rows[:, half:]
-    result = rows.new_empty(D, D)
-    result[:half, :half] = gram(left)
-    result[half:, half:] = gram(right)
-    result[:half, half:] = left.T @ right
+    result = rows.new_empty(D, D) if out is None else out
+    gram(left, out=result[:half, :half])
+    gram(right, out=result[half:, half:])
+    torch.mm(left.T, right, out=result[:half, half:])
     result[half:, :half] = result[:half, half:].T
     return result
 
@@ -125,14 +126,13 @@ class LayerRows:
 
     def input_gram(self) -> Tensor:
         """Return Σ_{n,s} x̃ x̃ᵀ, shape (D_in [+1], D_in [+1]); one for each of several groups."""
-        products = _gram_of_groups(self.x, self.groups)
         if self.bias is None:
-            return products
-        total = self.bias * self.x.sum((0, 1))
-        total = total if self.groups == 1 else total.reshape(self.groups, -1)
-        D = products.shape[-1]
-        joint = products.new_empty(*products.shape[:-2], D + 1, D + 1)
-        joint[..., :D, :D] = products
+            return _gram_of_groups(self.x, self.groups)
+        D = self.x.shape[-1] // self.groups
+        groups = (self.groups,) if self.groups > 1 else ()
+        joint = self.x.new_empty(*groups, D + 1, D + 1)
+        _gram_of_groups(self.x, self.groups, out=joint[..., :D, :D])
+        total = self.bias * self.x.sum((0, 1)).reshape(*groups, D)
         joint[..., D, :D] = joint[..., :D, D] = total
         joint[..., D, D] = self.bias**2 * self.x.shape[:2].numel()
         return joint
@@ -539,21 +539,17 @@ def stored_input(layer: nn.Module | Operation, x: Tensor) -> Tensor | Patches:
     return input_rows(layer, x) if lookup is None else lookup.tokens(x)
 
 
-def _gram_of_groups(rows: Tensor, groups: int) -> Tensor:
+def _gram_of_groups(rows: Tensor, groups: int, out: Tensor | None = None) -> Tensor:
     """Σ rows rowsᵀ over the first two axes of (N, S, G · D): (D, D), or (G, D, D) for G > 1."""
-    if groups == 1:
-        return _gram(rows)
-    D = rows.shape[-1] // groups
-    parts = rows.reshape(rows.shape[:2].numel(), groups, D).transpose(0, 1)
-    return torch.bmm(parts.transpose(1, 2), parts)
-
-
-def _gram(rows: Tensor) -> Tensor:
-    """Σ rows rowsᵀ over the first two axes of (N, S, D), without copying a transposed view."""
-    transposed = rows.transpose(1, 2)
-    if rows.is_contiguous() or not transposed.is_contiguous():
-        return gram(rows.flatten(0, 1))
-    return torch.bmm(transposed, rows).sum(0)
+    if groups > 1:
+        D = rows.shape[-1] // groups
+        parts = rows.reshape(rows.shape[:2].numel(), groups, D).transpose(0, 1)
+        products = torch.bmm(parts.transpose(1, 2), parts)
+    elif rows.is_contiguous() or not (transposed := rows.transpose(1, 2)).is_contiguous():
+        return gram(rows.flatten(0, 1), out)
+    else:  # without copying a transposed view
+        products = torch.bmm(transposed, rows).sum(0)
+    return products if out is None else out.copy_(products)
 
 
 def _sum(terms: Iterator[Tensor]) -> Tensor:
