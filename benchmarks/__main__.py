@@ -1,11 +1,13 @@
-"""Run the benchmarks and write benchmarks/results.json and benchmarks/results.md."""
+"""Run the benchmarks; write book/speed.json and benchmarks/results.md.
 
+python -m benchmarks [WORDS...] runs the rows whose names hold all the words, and merges them into
+what is there; without words, all.
+"""
+
+import argparse
 import os
-import subprocess
 import sys
-from pathlib import Path
 
-HERE = Path(__file__).parent
 # Freed memory stays with the process, for every contender alike: handing it back and faulting it in
 # again costs as much as the arithmetic on small nets, and varies with the machine's load.
 KEEP_MEMORY = {
@@ -14,11 +16,57 @@ KEEP_MEMORY = {
     "MALLOC_TOP_PAD_": "200000000",
 }
 
+DISTURBED = 0.1  # cores that others keep busy
+
+
+def run(words: list[str], repeats: int, times: bool, memory: bool) -> None:
+    import gc
+    import resource
+
+    import torch
+
+    from benchmarks import results, timing, weighing
+    from benchmarks.rows import Row, memory_rows, rows
+
+    torch.set_num_threads(results.THREADS)
+    # What does not fit is to raise, not to be killed.
+    available = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
+    resource.setrlimit(resource.RLIMIT_AS, (available, resource.RLIM_INFINITY))
+    gc.freeze()  # collecting between the rounds need not look at what was imported
+
+    def chosen(listed: list[Row]) -> list[Row]:
+        return [row for row in listed if all(word in row.key for word in words)]
+
+    # Saved row by row: what comes to grief later loses nothing.
+    for row in chosen(rows()) if times else []:
+        found = timing.measure(row, repeats)
+        results.save(results.load(), [found], [])
+        unit = found["unit"]["median"]
+        ratios = [f"{k} {one['median'] / unit:.3g}" for k, one in found["contenders"].items()]
+        disturbed = f" (disturbed: {found['others']} cores)" if found["others"] > DISTURBED else ""
+        print(f"{row.key}: {1e3 * unit:.2f} ms; {', '.join(ratios)}{disturbed}", flush=True)
+    for row in chosen(memory_rows()) if memory else []:
+        found = weighing.measure(row)
+        results.save(results.load(), [], [found])
+        growth = [f"{k} {one['growth'] / 2**20:.1f}" for k, one in found["contenders"].items()]
+        print(f"memory, {row.key}, MiB: {', '.join(growth)}", flush=True)
+    results.TABLES.write_text(results.tables(results.load()))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
+    parser.add_argument("words", nargs="*", help="parts of the names of the rows to run")
+    parser.add_argument("--repeats", type=int, default=21)
+    only = parser.add_mutually_exclusive_group()
+    only.add_argument("--memory-only", action="store_true")
+    only.add_argument("--no-memory", action="store_true")
+    given = parser.parse_args()
+    if any(os.environ.get(name) != value for name, value in KEEP_MEMORY.items()):
+        # malloc reads them when a process starts. The peers' warnings are not ours to mend.
+        command = [sys.executable, "-W", "ignore", "-m", "benchmarks", *sys.argv[1:]]
+        os.execve(sys.executable, command, os.environ | KEEP_MEMORY)
+    run(given.words, given.repeats, not given.memory_only, not given.no_memory)
+
+
 if __name__ == "__main__":
-    command = [
-        *(sys.executable, "-m", "pytest", str(HERE), "--quiet", "-p", "no:cacheprovider"),
-        *("--benchmark-disable-gc", f"--benchmark-json={HERE / 'results.json'}"),
-        *("-W", "default"),  # the peers' own warnings are not ours to mend
-        *sys.argv[1:],
-    ]
-    sys.exit(subprocess.run(command, env=os.environ | KEEP_MEMORY).returncode)
+    main()
