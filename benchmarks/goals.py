@@ -49,7 +49,7 @@ GOALS = (
     Goal(4, PEER, 1.3, works=("EKFAC",)),
 )
 MEMORY_GOALS = {OURS: 1.5, CHUNKED: 1.0}
-"""Goal 5: growth of the peak over that of the most frugal library from PyPI, at most this."""
+"""Goal 5: peak of the process over that of the most frugal library from PyPI, at most this."""
 
 
 class Verdict(NamedTuple):
@@ -110,7 +110,7 @@ def _fewer_classes(row: Json, all_rows: Iterable[Json]) -> float | None:
 
 
 class MemoryVerdict(NamedTuple):
-    """Growth of ours over that of the most frugal library from PyPI."""
+    """Peak of ours over that of the most frugal library from PyPI."""
 
     label: str
     ratio: float
@@ -122,9 +122,9 @@ def memory_verdicts(row: Json) -> list[MemoryVerdict]:
 
     The loop holds one datum at a time, whatever the method: it is measured and not compared with.
     """
-    growth = {label: found["growth"] for label, found in row["contenders"].items()}
-    frugal = min((growth[label] for label in PEERS[:-1] if label in growth), default=None)
+    peak = {label: found["peak"] for label, found in row["contenders"].items()}
+    frugal = min((peak[label] for label in PEERS[:-1] if label in peak), default=None)
     if frugal is None:
         return []
-    ratios = {label: growth[label] / max(frugal, 1) for label in MEMORY_GOALS if label in growth}
+    ratios = {label: peak[label] / frugal for label in MEMORY_GOALS if label in peak}
     return [MemoryVerdict(k, ratio, ratio <= MEMORY_GOALS[k]) for k, ratio in ratios.items()]

@@ -12,7 +12,14 @@ import torch
 
 import kfac_lib
 from benchmarks.contenders import TIMED, WEIGHED
-from benchmarks.goals import Json, fastest_peer, memory_verdicts, ratio_to, verdicts
+from benchmarks.goals import (
+    MEMORY_GOALS,
+    Json,
+    fastest_peer,
+    memory_verdicts,
+    ratio_to,
+    verdicts,
+)
 from benchmarks.rows import memory_rows, rows
 
 ROOT = Path(__file__).parent.parent
@@ -57,7 +64,7 @@ def load(path: Path = JSON) -> Json:
 
 
 def save(old: Json, timed: list[Json], weighed: list[Json], path: Path = JSON) -> Json:
-    """Merge new rows into what was there, and write the JSON."""
+    """Merge new rows into what was there, judge all by the goals, and write the JSON."""
     dated = [row["date"] for row in (*timed, *weighed)]
     result = {
         "date": max(dated, default=old.get("date")),
@@ -66,6 +73,22 @@ def save(old: Json, timed: list[Json], weighed: list[Json], path: Path = JSON) -
         "rows": merged(old["rows"], timed, rows()),
         "memory": merged(old["memory"], weighed, memory_rows()),
     }
+    for row in result["rows"]:
+        found = [v for v in verdicts(row, result["rows"]) if v.ratio is not None]
+        row["judged"] = len(found)
+        row["missed"] = [
+            {"against": v.goal.against, "ratio": v.ratio, "wanted": v.goal.ratio}
+            for v in found
+            if not v.met
+        ]
+    for row in result["memory"]:
+        of_memory = memory_verdicts(row)
+        row["judged"] = len(of_memory)
+        row["missed"] = [
+            {"against": f"memory, {v.label}", "ratio": v.ratio, "wanted": MEMORY_GOALS[v.label]}
+            for v in of_memory
+            if not v.met
+        ]
     path.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n")
     return result
 

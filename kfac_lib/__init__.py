@@ -1,10 +1,10 @@
 """KFAC from scratch: the library that the book builds, one module for one idea.
 
-Read the modules in this order: flattening, autodiff, linearization, losses, fisher, curvature,
-kronecker, damping, layers, coverage, rows, capture, graph, graph_uses, graph_calls, tracing,
-stream, accumulate, kfac, ekfac, schedules, gradients, saved, estimates, corrections, passes,
-quadratic, optim, exact_cases, sharing_cases, wrong_rows, blocks, sharing_hypotheses, hypotheses,
-report, conformance. The names below are the ones to import.
+Read the modules in this order: flattening, autodiff, linearization, closed_form, losses, fisher,
+curvature, kronecker, damping, layers, coverage, rows, capture, graph, graph_uses, graph_calls,
+tracing, compression, backward, stream, accumulate, kfac, ekfac, schedules, gradients, saved,
+estimates, corrections, passes, quadratic, optim, exact_cases, sharing_cases, wrong_rows, blocks,
+sharing_hypotheses, hypotheses, report, conformance. The names below are the ones to import.
 """
 
 from kfac_lib.accumulate import Expand, Reduce

@@ -18,7 +18,7 @@ from kfac_lib.compression import GramSums, Section, sections
 from kfac_lib.fisher import Fisher, TypeII
 from kfac_lib.losses import Criterion
 
-MEMORY = 2**24
+MEMORY = 2**26
 """Bytes of pseudo-gradients that are held at a time, unless a chunk_size is given."""
 
 
@@ -74,7 +74,8 @@ def vectors_of(
     """
     columns = f.nbytes * f.shape[1:].numel()
     few = chunk_size is not None and chunk_size < f.shape[1:].numel()
-    if isinstance(fisher, TypeII) and (columns > MEMORY or (few and fisher.columns == "full")):
+    made_of_columns = isinstance(fisher, TypeII) and criterion.agrees("hessian_root_product")
+    if made_of_columns and (columns > MEMORY or (few and fisher == TypeII())):
         return RootColumns(criterion, f.detach(), y)
     return fisher.vectors(criterion, f, y)
 
@@ -114,7 +115,7 @@ def backpropagate(
         yield {name: [empty.new_empty(0, *c.shape) for c in of] for name, of in calls.items()}
         return
     place = get_gradient_edge(source) if isinstance(source, Tensor) else source
-    for section in sections(place, calls, len(vectors)):
+    for section in sections(place, calls, len(vectors), N=vectors[:1].shape[1]):
         edges = [call.edge for of_layer in section.calls.values() for call in of_layer]
         sums = None
         if section.cut is not None:
@@ -124,7 +125,9 @@ def backpropagate(
         size = chunk_size or _fitting(section, V)
         for start in range(0, V, size):
             chunk = vectors[start : start + size]
-            found = _batched_vjp(source, edges, chunk, keep=start + size < V)
+            # The way to a layer in front of a cut may lead past layers behind it.
+            keep = section.cut is not None or start + size < V
+            found = _batched_vjp(source, edges, chunk, keep)
             if sums is not None:
                 at_cut = found.pop()
                 assert at_cut is not None  # a cut lies on a way to the layers behind it

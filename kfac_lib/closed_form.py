@@ -63,6 +63,28 @@ class OutputHessian:
         starts = range(0, len(self.weights), size)
         return torch.cat([_grams(self[start : start + size]._rows(W)) for start in starts])
 
+    def columns(self, W: Tensor) -> Tensor:
+        """Return Wᵀ times the columns of a root of H_n, as many as its rank.
+
+        In the second form these are √(κ_n p_k) (w_k − (Wᵀp_n + √p_K w_K) / (1 + √p_K)) for k < K,
+        with the rows w_k of W and K = C.
+
+        Args:
+            W: Shape (C, D).
+
+        Returns:
+            Tensor of shape (V, N, D), with V = C, or C−1 in the second form (but 1 for C = 1).
+        """
+        if self.kappa is None and self.weights.stride(0) == 0:  # one Hessian for all
+            rows = W * self.weights[0].sqrt().unsqueeze(1)
+            return rows.unsqueeze(1).expand(-1, len(self.weights), -1)
+        if self.kappa is None or W.shape[0] == 1:
+            return self._rows(W).transpose(0, 1)
+        root = self.weights.sqrt()
+        shift = (self.weights @ W + root[:, -1:] * W[-1]) / (1 + root[:, -1:])
+        scale = (self.kappa.sqrt() * root[:, :-1]).T
+        return (W[:-1].unsqueeze(1) - shift).mul_(scale.unsqueeze(2))
+
     def quadratic(self, Q: Tensor) -> Tensor:
         """Return qᵀ H_n q for each datum and each column q of Q.
 

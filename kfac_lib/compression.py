@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from kfac_lib.capture import Call
+from kfac_lib.closed_form import OutputHessian
 
 WORTHWHILE = 32
 """Below so many vectors a batched backward pass is too short to gain from fewer of them."""
@@ -53,7 +54,9 @@ class Section:
     cut: Cut | None
 
 
-def sections(source: GradientEdge, calls: Mapping[str, list[Call]], V: int) -> list[Section]:
+def sections(
+    source: GradientEdge, calls: Mapping[str, list[Call]], V: int, N: int
+) -> list[Section]:
     """Divide the net at places that are narrower than the number of vectors.
 
     See :ref:`speed-classes`. A place is taken where it halves the number of vectors at least, and
@@ -63,19 +66,20 @@ def sections(source: GradientEdge, calls: Mapping[str, list[Call]], V: int) -> l
         source: Where the vectors enter: the place of the prediction, or of a cut.
         calls: The calls behind it.
         V: Number of vectors.
+        N: Number of data.
 
     Example:
         >>> from kfac_lib.capture import Hooks
         >>> net = torch.nn.Sequential(torch.nn.Linear(2, 3), torch.nn.Linear(3, 100))
         >>> f, calls = Hooks(net).run(torch.ones(5, 2))
-        >>> [list(section.calls) for section in sections(get_gradient_edge(f), calls, V=100)]
+        >>> [list(section.calls) for section in sections(get_gradient_edge(f), calls, V=100, N=5)]
         [['1'], ['0']]
     """
     result, todo = [], dict(calls)
     while V >= WORTHWHILE:
         found = [
             (len(near), cut.width, cut, near)
-            for cut in _candidates(todo)
+            for cut in _candidates(todo, N)
             if 2 * cut.width <= V and (near := _near(source, cut, todo)) is not None
         ]
         if not found:
@@ -104,6 +108,25 @@ class Head:
     behind: dict[str, list[Call]]
     cut: Cut | None
 
+    @property
+    def is_narrow(self) -> bool:
+        """Whether its input is narrower than the prediction, which has many entries."""
+        C, D_in = self.weight.shape
+        return D_in < C and C >= WORTHWHILE
+
+    def vectors(self, hessian: OutputHessian) -> Tensor:
+        """Return vectors at its input with the sum that the Hessians have there.
+
+        Args:
+            hessian: The Hessians of the loss at the prediction.
+
+        Returns:
+            Tensor of shape (V, N, D_in), with V the rank of one Hessian, or D_in if that is less.
+        """
+        if not self.is_narrow:
+            return hessian.columns(self.weight)
+        return root_of(hessian.pulled_back(self.weight)).permute(2, 0, 1)
+
 
 def closed_head(f: Tensor, calls: Mapping[str, list[Call]]) -> Head | None:
     """Find the layer whose vectors need not be formed (:ref:`speed-classes`).
@@ -114,7 +137,7 @@ def closed_head(f: Tensor, calls: Mapping[str, list[Call]]) -> Head | None:
 
     Returns:
         The last layer, if the prediction (N, C) is what it gives, as an affine map of one input
-        (N, D_in) with D_in < C, and all other layers are reached through this input; else None.
+        (N, D_in), and all other layers are reached through this input; else None.
 
     Example:
         >>> from kfac_lib.capture import Hooks
@@ -123,7 +146,7 @@ def closed_head(f: Tensor, calls: Mapping[str, list[Call]]) -> Head | None:
         >>> head.name, head.cut.width
         ('1', 3)
     """
-    if f.ndim != 2 or f.shape[1] < WORTHWHILE:
+    if f.ndim != 2:
         return None
     source = get_gradient_edge(f)
     for name, of_layer in calls.items():
@@ -133,7 +156,7 @@ def closed_head(f: Tensor, calls: Mapping[str, list[Call]]) -> Head | None:
         shape, weight = torch.Size((f.shape[0], call.x.shape[-1])), call.weight
         if weight is None or len(of_layer) > 1 or call.before > 1 or call.x.shape != shape:
             return None
-        if weight.shape != (f.shape[1], shape[1]) or shape[1] >= f.shape[1]:
+        if weight.shape != (f.shape[1], shape[1]):
             return None
         behind = {other: of_other for other, of_other in calls.items() if other != name}
         if not behind:
@@ -203,17 +226,24 @@ def root_of(M: Tensor) -> Tensor:
     root, failed = torch.linalg.cholesky_ex(wide)
     bad = failed > 0
     if bool(bad.any()):
-        eigenvalues, Q = torch.linalg.eigh(wide[bad])
-        root[bad] = Q * eigenvalues.clamp(min=0).sqrt().unsqueeze(1)
+        # Each unit in its own scale, as Cholesky has it: eigenvalues see the largest alone.
+        scale = wide[bad].diagonal(dim1=1, dim2=2).clamp(min=0).sqrt()
+        one = torch.where(scale > 0, 1 / scale, 0)
+        eigenvalues, Q = torch.linalg.eigh(one.unsqueeze(2) * wide[bad] * one.unsqueeze(1))
+        root[bad] = scale.unsqueeze(2) * Q * eigenvalues.clamp(min=0).sqrt().unsqueeze(1)
     result: Tensor = root.to(M.dtype)
     return result
 
 
-def _candidates(calls: Mapping[str, list[Call]]) -> list[Cut]:
-    """Inputs and outputs of all calls; inputs first, they have no units that are switched off."""
+def _candidates(calls: Mapping[str, list[Call]], N: int) -> list[Cut]:
+    """Inputs and outputs of all calls; inputs first, they have no units that are switched off.
+
+    Only tensors whose axis 0 is the datum, not rows in which other axes are merged into it.
+    """
     alone = [call for of_layer in calls.values() for call in of_layer if call.before == 1]
     inputs = [Cut(call.input_edge, call.x.shape) for call in alone if call.input_edge is not None]
-    return inputs + [Cut(call.edge, call.shape) for call in alone if len(call.shape) == 2]
+    outputs = [Cut(call.edge, call.shape) for call in alone if len(call.shape) == 2]
+    return [cut for cut in (*inputs, *outputs) if cut.shape[0] == N]
 
 
 def _near(source: GradientEdge, cut: Cut, calls: Mapping[str, list[Call]]) -> list[str] | None:

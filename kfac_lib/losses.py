@@ -58,6 +58,18 @@ class Criterion(ABC):
                 "curvature. Use reduction='mean' or 'sum'."
             )
 
+    def agrees(self, method: str) -> bool:
+        """Whether a method belongs to the same root of the Hessian as :meth:`hessian_root`.
+
+        False where a subclass has a root of its own, and inherits what was written for another.
+        """
+        kinds = type(self).__mro__
+        places = [
+            next(i for i, kind in enumerate(kinds) if name in vars(kind))
+            for name in (method, "hessian_root")
+        ]
+        return places[0] <= places[1]
+
     @abstractmethod
     def check(self, f: Tensor, y: Tensor) -> None:
         """Raise ``ValueError`` or ``TypeError`` if the targets y do not fit the prediction f."""

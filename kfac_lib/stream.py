@@ -16,7 +16,7 @@ from torch.autograd.graph import GradientEdge
 
 from kfac_lib.backward import Vectors, backpropagate, vectors_of
 from kfac_lib.capture import Call, Source, is_finite
-from kfac_lib.compression import closed_head, root_of
+from kfac_lib.compression import closed_head
 from kfac_lib.fisher import Fisher, TypeII
 from kfac_lib.layers import Convolution, Patches, lookup_of, output_rows
 from kfac_lib.losses import Criterion
@@ -166,7 +166,10 @@ def stream(
         N = int(counted.sum())
         keep = slice(None) if len(f) == N else counted
         count = Count(N, criterion.denominator(f, y))
-        head = closed_head(f, calls) if isinstance(fisher, TypeII) else None
+        closed = isinstance(fisher, TypeII) and criterion.agrees("output_hessian")
+        head = closed_head(f, calls) if closed else None
+        if head is not None and chunk_size is not None and not head.is_narrow:
+            head = None  # the columns are made chunk by chunk instead
         hessian = None if head is None else criterion.output_hessian(f.detach(), y)
         place: Tensor | GradientEdge
         vectors: Vectors
@@ -187,7 +190,7 @@ def stream(
             if head.cut is None:
                 continue
             place, behind = head.cut.edge, head.behind
-            vectors = root_of(hessian.pulled_back(head.weight)).permute(2, 0, 1)
+            vectors = head.vectors(hessian)
         x = {name: _joined_inputs(of_layer, len(f))[keep] for name, of_layer in behind.items()}
         new = set(behind)
         for gradients in backpropagate(place, behind, vectors, chunk_size):

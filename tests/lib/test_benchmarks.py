@@ -139,7 +139,7 @@ def test_memory_is_judged_by_the_most_frugal_library_but_not_by_the_loop():
         "nngeometry": 300,
         "loop": 10,
     }
-    row = {"contenders": {label: {"growth": bytes_} for label, bytes_ in growth.items()}}
+    row = {"contenders": {label: {"peak": bytes_} for label, bytes_ in growth.items()}}
     assert [verdict.met for verdict in memory_verdicts(row)] == [True, False]
 
 
