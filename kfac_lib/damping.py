@@ -282,12 +282,17 @@ def _two_factors(kronecker: Kronecker | EigenKronecker, damping: Damping) -> tup
 def _shift(factor: Tensor, delta: Tensor | float) -> Tensor:
     if factor.ndim == 1:
         return factor + delta
-    return factor + delta * torch.eye(len(factor), dtype=factor.dtype, device=factor.device)
+    shifted = factor.clone()
+    shifted.diagonal().add_(delta)
+    return shifted
 
 
 def _check_finite(kronecker: Kronecker | EigenKronecker) -> None:
     for name, part in vars(kronecker).items():
-        if part is not None and not bool(torch.isfinite(part).all()):
+        # A finite sum has no hidden NaN or inf; a sum may overflow, then the entries decide.
+        if part is None or isfinite(part.detach().sum().item()):
+            continue
+        if not bool(torch.isfinite(part).all()):
             raise ValueError(
                 f"Factor {name} of shape {tuple(part.shape)} holds NaN or inf, so there is no "
                 "inverse. Look at the data and parameters that it was computed from."

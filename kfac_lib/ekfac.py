@@ -65,10 +65,10 @@ class EKFAC(Blocks[EigenKronecker | BlockDiagonal]):
     ) -> "EKFAC":
         """Compute eigenbasis and corrected eigenvalues of every layer (:ref:`ekfac-correction`).
 
-        Two passes over the data (one, if they are one batch): for KFAC's factors A = Q_A Λ_A Q_Aᵀ
-        and B = Q_B Λ_B Q_Bᵀ, and for λ = R Σ_{n,v} [Q_Bᵀ P_{n,v} Q_A]², with P_{n,v} = Σ_s g x̃ᵀ.
-        Random flavours draw the same vectors in both. No P is kept longer than it takes to square
-        it.
+        Two passes over the data (one, if they are one batch whose rows fit into 64 MiB): for KFAC's
+        factors A = Q_A Λ_A Q_Aᵀ and B = Q_B Λ_B Q_Bᵀ, and for λ = R Σ_{n,v} [Q_Bᵀ P_{n,v} Q_A]²,
+        with P_{n,v} = Σ_s g x̃ᵀ. Random flavours draw the same vectors in both. No P is kept longer
+        than it takes to square it.
 
         Args:
             model: Network of supported layers; with ``params`` a function f(params, X), or a
@@ -79,7 +79,8 @@ class EKFAC(Blocks[EigenKronecker | BlockDiagonal]):
             fisher: Flavour: any but :class:`~kfac_lib.InputOnly`.
             sharing: As in :meth:`KFAC.compute <kfac_lib.KFAC.compute>`; it decides the basis. The
                 eigenvalues are those of the exact block, whatever the sharing.
-            chunk_size: How many vectors are backpropagated at once; all when not given.
+            chunk_size: How many vectors are backpropagated at once; what fits into 64 MiB when
+                not given (:ref:`speed-memory`).
             layers: Names or patterns of the layers or parameters to take; all when not given.
             ignore: Names or patterns to leave out.
             bias: ``"joint"`` or ``"separate"``, as in :meth:`KFAC.compute <kfac_lib.KFAC.compute>`.

@@ -226,8 +226,8 @@ class KFAC(Blocks[Kronecker | BlockDiagonal]):
             sharing: :class:`~kfac_lib.Expand` or :class:`~kfac_lib.Reduce`; or a mapping from names
                 or patterns to one of them, or a function of the layer's name
                 (:func:`~kfac_lib.accumulate.sharing_of`).
-            chunk_size: How many vectors are backpropagated at once; all when not given. Smaller
-                needs less memory.
+            chunk_size: How many vectors are backpropagated at once; what fits into 64 MiB when
+                not given (:ref:`speed-memory`).
             layers: Names or patterns of the layers or parameters to take; all when not given.
             ignore: Names or patterns to leave out.
             bias: ``"joint"``: one factor pair for [W b], under the layer's name. ``"separate"``:
@@ -291,7 +291,8 @@ def exact_blocks(
         order: Flattening of [W b].
         layers: Names or patterns of the layers or parameters to take; all when not given.
         ignore: Names or patterns to leave out.
-        chunk_size: How many vectors are backpropagated at once; all when not given.
+        chunk_size: How many vectors are backpropagated at once; what fits into 64 MiB when
+            not given (:ref:`speed-memory`).
         params: As in :meth:`KFAC.compute`.
 
     Returns:
@@ -392,7 +393,8 @@ def factor_sums(
         data: One pair (X, y), or an iterable of them.
         fisher: The flavour.
         sharing: Each layer's sharing.
-        chunk_size: How many vectors are backpropagated at once; all when not given.
+        chunk_size: How many vectors are backpropagated at once; what fits into 64 MiB when
+            not given (:ref:`speed-memory`).
         held: Where the rows are kept, if they are needed once more.
 
     Example:
@@ -423,7 +425,8 @@ def accumulate(
         criterion: The criterion.
         data: One pair (X, y), or an iterable of them.
         fisher: The flavour.
-        chunk_size: How many vectors are backpropagated at once; all when not given.
+        chunk_size: How many vectors are backpropagated at once; what fits into 64 MiB when
+            not given (:ref:`speed-memory`).
         held: Where the rows are kept, if they are needed once more.
 
     Raises:

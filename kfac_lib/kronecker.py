@@ -490,7 +490,7 @@ def _spd_inverse(factor: Tensor, name: str) -> Tensor:
     # The squared pivots of a singular matrix end at the rounding of the largest, not at zero.
     pivots = _diagonal(root)
     tiny = pivots.min() <= pivots.max() * (len(pivots) * torch.finfo(factor.dtype).eps) ** 0.5
-    if int(info) or bool(tiny):
+    if bool((info != 0) | tiny):
         raise ValueError(
             f"Factor {name} of shape {tuple(factor.shape)} is singular to machine precision, as "
             "factors of real data often are. Damp, or damp more: inverse(Exact(1e-3))."

@@ -123,7 +123,9 @@ def stream(
 
     See :ref:`kfac-pseudo-gradients`. One forward pass and ⌈V / chunk_size⌉ calls of
     :func:`torch.autograd.grad` a batch; V calls if an operation of the model cannot be batched.
-    Several calls of a layer are joined along S.
+    Several calls of a layer are joined along S. Where a place in the net is narrower than the
+    vectors are many, fewer with the same Σ_v g gᵀ go on from there, and type-II vectors of a last
+    affine layer may have a closed form (:ref:`speed-classes`): V differs between layers then.
 
     Args:
         source: What runs the model: :class:`~kfac_lib.capture.Hooks`, or
@@ -131,7 +133,8 @@ def stream(
         criterion: The criterion.
         fisher: The flavour.
         data: One pair (X, y), or an iterable of them.
-        chunk_size: How many vectors are backpropagated at once; all when not given.
+        chunk_size: How many vectors are backpropagated at once; what fits into 64 MiB when
+            not given (:ref:`speed-memory`).
 
     Yields:
         Pairs of a layer's name and its rows.
