@@ -19,7 +19,7 @@ from benchmarks.rows import Prepared, Row
 
 WARM_UPS = 3
 SLOW, SLOW_REPEATS = 3.0, 3  # seconds, and how often what takes longer is repeated
-TOO_SLOW = 60.0
+TOO_SLOW = 30.0
 UNITS = {"training step": "SGD"}  # elsewhere one gradient
 
 
@@ -127,7 +127,7 @@ def in_rounds(
 
 @cache
 def too_slow(row: Row, label: str) -> str | None:
-    """Why a contender is left out: one run takes more than a minute, known without running it.
+    """Why a contender is left out: one run takes more than half a minute, known without running it.
 
     Ten times the classes are taken to need ten times as long, which is little: that of the last
     layer's Gram matrix grows a hundredfold. Other problems are run whatever they take.

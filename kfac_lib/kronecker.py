@@ -114,10 +114,10 @@ class Kronecker:
     def eigh(self) -> "EigenKronecker":
         """Return the eigendecomposition, from those of the two factors."""
         # Columns lie together in what eigh returns; beside a matrix of rows torch.kron refuses it.
-        B, Q_B = torch.linalg.eigh(self.B)
+        B, Q_B = _eigh(self.B)
         if self.A.ndim == 1:
             return EigenKronecker(None, Q_B.contiguous(), torch.outer(B, self.A))
-        A, Q_A = torch.linalg.eigh(self.A)
+        A, Q_A = _eigh(self.A)
         return EigenKronecker(Q_A.contiguous(), Q_B.contiguous(), torch.outer(B, A))
 
     def power(self, exponent: float) -> "EigenKronecker":
@@ -480,6 +480,16 @@ def _logdet(factor: Tensor) -> Tensor:
         return factor.clamp(min=0).log().sum()
     sign, value = torch.linalg.slogdet(factor)
     return torch.where(sign > 0, value, -torch.inf)
+
+
+def _eigh(factor: Tensor) -> tuple[Tensor, Tensor]:
+    """Eigenvalues and eigenvectors; in double precision where single precision fails."""
+    try:
+        eigenvalues, Q = torch.linalg.eigh(factor)
+    # As happens to large factors of low rank.
+    except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
+        eigenvalues, Q = torch.linalg.eigh(factor.double())
+    return eigenvalues.to(factor.dtype), Q.to(factor.dtype)
 
 
 def _spd_inverse(factor: Tensor, name: str) -> Tensor:

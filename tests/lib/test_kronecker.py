@@ -130,3 +130,20 @@ def test_shapes_and_dtypes_that_do_not_fit_are_named(K):
             element @ torch.ones(4, 3)
         with pytest.raises(ValueError, match=r"cvec.*rvec"):
             element.to_dense("vec")
+
+
+def test_a_factor_that_fails_in_single_precision_is_decomposed_in_double(monkeypatch):
+    original = torch.linalg.eigh
+
+    def fails(factor):
+        if factor.dtype == torch.float32:
+            raise torch.linalg.LinAlgError("linalg.eigh: The algorithm failed to converge")
+        return original(factor)
+
+    root = torch.randn(5, 3, dtype=torch.float32, generator=torch.Generator().manual_seed(0))
+    K = Kronecker(root @ root.T, root.T @ root)
+    monkeypatch.setattr(torch.linalg, "eigh", fails)
+    eigen = K.eigh()
+    assert eigen.Q_A.dtype == eigen.eigenvalues.dtype == torch.float32
+    found, wanted = eigen.to_dense("cvec"), K.to_dense("cvec")
+    torch.testing.assert_close(found, wanted, rtol=0, atol=1e-5 * float(wanted.norm()))
