@@ -921,7 +921,8 @@ def test_a_head_is_narrow_if_it_has_many_classes_and_fewer_inputs(width, classes
 def test_a_heads_vectors_have_the_sum_of_the_hessians(loss, classes):
     model = mlp(4, 6, classes)
     X, kind = torch.randn(3, 4), {"MSE": nn.MSELoss, "BCE": nn.BCEWithLogitsLoss}.get(loss)
-    criterion = criterion_of(kind() if kind else CE)
+    weighted = nn.CrossEntropyLoss(weight=torch.linspace(0.5, 2, classes))
+    criterion = criterion_of(kind() if kind else weighted)
     y = torch.rand(3, classes) if kind else torch.randint(classes, (3,))
     f, calls = run(model, X)
     head, hessian = closed_head(f, calls), criterion.output_hessian(f.detach(), y)
