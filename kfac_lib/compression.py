@@ -44,12 +44,10 @@ class Section:
     """The layers between two cuts, or the prediction and the first (:ref:`speed-classes`).
 
     Args:
-        source: Where the vectors enter.
         calls: The calls whose gradients are found in this section, by the layer's name.
         cut: Where the vectors are compressed for the sections behind; None in the last.
     """
 
-    source: GradientEdge
     calls: dict[str, list[Call]]
     cut: Cut | None
 
@@ -85,9 +83,9 @@ def sections(
         if not found:
             break
         _, V, cut, near = min(found, key=lambda one: one[:2])
-        result.append(Section(source, {name: todo.pop(name) for name in near}, cut))
+        result.append(Section({name: todo.pop(name) for name in near}, cut))
         source = cut.edge
-    return [*result, Section(source, todo, None)]
+    return [*result, Section(todo, None)]
 
 
 @dataclass(frozen=True)

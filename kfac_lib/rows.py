@@ -75,8 +75,24 @@ def gram(rows: Tensor, out: Tensor | None = None) -> Tensor:
     return result
 
 
+class _Gradients:
+    """What all rows with stored pseudo-gradients g have in common."""
+
+    g: Tensor
+
+    @property
+    def V(self) -> int:
+        """Number of vectors."""
+        return len(self.g)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the pseudo-gradients."""
+        return self.g.nbytes
+
+
 @dataclass(frozen=True)
-class LayerRows:
+class LayerRows(_Gradients):
     """One layer's rows for a batch and a chunk of vectors (:ref:`share-axis`).
 
     Args:
@@ -108,16 +124,6 @@ class LayerRows:
     def S(self) -> int:
         """Number of positions that share the weight."""
         return self.x.shape[1]
-
-    @property
-    def V(self) -> int:
-        """Number of vectors."""
-        return len(self.g)
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the pseudo-gradients."""
-        return self.g.nbytes
 
     def reduced(self) -> "LayerRows":
         """Return the rows summed over the shared axis, with S = 1."""
@@ -207,7 +213,7 @@ class LayerRows:
 
 
 @dataclass(frozen=True)
-class TokenRows:
+class TokenRows(_Gradients):
     """Rows of an Embedding, whose one-hot inputs are never stored (:ref:`share-embedding`).
 
     The methods are those of :class:`LayerRows`; under expand A is diagonal, and stays one.
@@ -235,16 +241,6 @@ class TokenRows:
     def S(self) -> int:
         """Number of positions that share the weight."""
         return self.tokens.shape[1]
-
-    @property
-    def V(self) -> int:
-        """Number of vectors."""
-        return len(self.g)
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the pseudo-gradients."""
-        return self.g.nbytes
 
     def reduced(self) -> LayerRows:
         """Return the rows summed over the shared axis, with S = 1: each datum's counts."""
@@ -308,7 +304,7 @@ class TokenRows:
 
 
 @dataclass(frozen=True)
-class PatchRows:
+class PatchRows(_Gradients):
     """Rows of a convolution, whose patches are cut only where they are needed.
 
     See :ref:`share-convolution`. The methods are those of :class:`LayerRows`. Sums over data cut
@@ -342,16 +338,6 @@ class PatchRows:
     def S(self) -> int:
         """Number of positions that share the weight."""
         return self.g.shape[2]
-
-    @property
-    def V(self) -> int:
-        """Number of vectors."""
-        return len(self.g)
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the pseudo-gradients."""
-        return self.g.nbytes
 
     def reduced(self) -> LayerRows:
         """Return the rows summed over the shared axis, with S = 1."""

@@ -14,3 +14,17 @@ def float64():
     torch.set_default_dtype(torch.float64)
     yield
     torch.set_default_dtype(before)
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """How many vectors each call of autograd.grad was given."""
+    counted, original = [], torch.autograd.grad
+
+    def counting(outputs, inputs, grad_outputs=None, *args, **kwargs):
+        batched = kwargs.get("is_grads_batched", False)
+        counted.append(len(grad_outputs) if batched else 1)
+        return original(outputs, inputs, grad_outputs, *args, **kwargs)
+
+    monkeypatch.setattr(torch.autograd, "grad", counting)
+    return counted

@@ -117,3 +117,9 @@ def drawn(fisher, model, loss, *batches, seed=1):
 def is_fisher_of_draws(flavour):
     """Whether the matrix is that of given vectors; otherwise it is the Gauss-Newton matrix."""
     return flavour in ("Monte Carlo", "empirical", "signs")
+
+
+def all_vectors(fisher, model, loss, data):
+    """The vectors that a flavour backpropagates."""
+    X, y = data
+    return fisher.vectors(criterion_of(loss), model(X).detach(), y)

@@ -6,9 +6,10 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from layer_cases import all_vectors
 from torch import nn
 from truth import LOSSES as OPTIONS
-from truth import To, mlp, reduction_factor, relative_error, targets
+from truth import To, labels, mlp, reduction_factor, relative_error, targets
 from truth_layers import factors, keys, layers_of, rows
 
 from kfac_lib import EKFAC, KFAC, Empirical, MonteCarlo, RandomSigns, TypeI, TypeII, exact_blocks
@@ -73,23 +74,10 @@ NETS = {
 nets = pytest.mark.parametrize("net", NETS)
 
 
-def labels(loss, f):
-    if isinstance(loss, nn.MSELoss):
-        return torch.randn_like(f)
-    if isinstance(loss, nn.BCEWithLogitsLoss):
-        return torch.rand_like(f)
-    return torch.randint(f.shape[1], (len(f), *f.shape[2:]))
-
-
 def example(net, loss, N=4):
     make, inputs = NETS[net]
     model, X = make(), inputs(N)
     return model, (X, labels(loss, model(X).detach()))
-
-
-def all_vectors(fisher, model, loss, data):
-    X, y = data
-    return fisher.vectors(criterion_of(loss), model(X).detach(), y)
 
 
 def same_factors(found, model, loss, data, fisher=None, vectors=None):
@@ -180,20 +168,6 @@ def test_a_large_root_is_made_chunk_by_chunk(monkeypatch):
 
 
 # ----------------------------------------------------------------------------------------- chunks
-
-
-@pytest.fixture
-def calls(monkeypatch):
-    """How many vectors each call of autograd.grad was given."""
-    counted, original = [], torch.autograd.grad
-
-    def counting(outputs, inputs, grad_outputs=None, *args, **kwargs):
-        batched = kwargs.get("is_grads_batched", False)
-        counted.append(len(grad_outputs) if batched else 1)
-        return original(outputs, inputs, grad_outputs, *args, **kwargs)
-
-    monkeypatch.setattr(torch.autograd, "grad", counting)
-    return counted
 
 
 @nets

@@ -8,9 +8,10 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from layer_cases import all_vectors
 from torch import nn
 from torch.autograd.graph import get_gradient_edge
-from truth import To, mlp, reduction_factor, relative_error
+from truth import Net, To, labels, mlp, reduction_factor, relative_error
 from truth_layers import blocks, factors, keys, layers_of, rows
 
 from kfac_lib import (
@@ -96,19 +97,6 @@ def test_a_root_of_low_precision_has_its_type_and_is_found_in_float32():
 
 
 # ------------------------------------------------------------------------------------------- nets
-
-
-class Net(nn.Module):
-    """Named layers, run by a function given from outside."""
-
-    def __init__(self, run, **layers):
-        super().__init__()
-        for name, layer in layers.items():
-            self.add_module(name, layer)
-        self.run = run
-
-    def forward(self, x):
-        return self.run(self, x)
 
 
 def lin(*sizes):
@@ -329,23 +317,10 @@ FROZEN = {
 nets = pytest.mark.parametrize("net", NETS)
 
 
-def labels(loss, f):
-    if isinstance(loss, nn.MSELoss):
-        return torch.randn_like(f)
-    if isinstance(loss, nn.BCEWithLogitsLoss):
-        return torch.rand_like(f)
-    return torch.randint(f.shape[1], (len(f), *f.shape[2:]))
-
-
 def example(net, loss, N=4):
     make, inputs = NETS[net]
     model, X = make(), inputs(N)
     return model, (X, labels(loss, model(X).detach()))
-
-
-def all_vectors(fisher, model, loss, data):
-    X, y = data
-    return fisher.vectors(criterion_of(loss), model(X).detach(), y)
 
 
 def same_factors(found, expected, tolerance=1e-12, names=None):
@@ -744,20 +719,6 @@ FLOAT32 = 2e-6
 
 
 # -------------------------------------------------------------------------------- how many vectors
-
-
-@pytest.fixture
-def calls(monkeypatch):
-    """How many vectors each call of autograd.grad was given."""
-    counted, original = [], torch.autograd.grad
-
-    def counting(outputs, inputs, grad_outputs=None, *args, **kwargs):
-        batched = kwargs.get("is_grads_batched", False)
-        counted.append(len(grad_outputs) if batched else 1)
-        return original(outputs, inputs, grad_outputs, *args, **kwargs)
-
-    monkeypatch.setattr(torch.autograd, "grad", counting)
-    return counted
 
 
 @pytest.mark.parametrize("loss", [MSE, CE, BCE], ids=["MSE", "CE", "BCE"])

@@ -4,7 +4,7 @@ import pytest
 import torch
 from layer_cases import FLAVOURS, SHARINGS, classes_first, drawn, is_fisher_of_draws, labels
 from torch import nn
-from truth import To, left_alone, relative_error
+from truth import Net, To, left_alone, relative_error
 from truth_layers import blocks, dense, factors
 
 from kfac_lib import EKFAC, KFAC, Expand, Reduce, exact_blocks
@@ -15,19 +15,6 @@ orders = pytest.mark.parametrize("order", ["cvec", "rvec"])
 sharings = pytest.mark.parametrize("sharing", SHARINGS)
 flavours = pytest.mark.parametrize("flavour", FLAVOURS)
 losses = pytest.mark.parametrize("loss", [MSE, CE], ids=repr)
-
-
-class Net(nn.Module):
-    """Named layers, run by a function given from outside."""
-
-    def __init__(self, run, **layers):
-        super().__init__()
-        for name, layer in layers.items():
-            self.add_module(name, layer)
-        self.run = run
-
-    def forward(self, x):
-        return self.run(self, x)
 
 
 def in_sequence():

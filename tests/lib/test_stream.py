@@ -15,20 +15,6 @@ pytestmark = pytest.mark.usefixtures("float64")
 MSE = nn.MSELoss()
 
 
-@pytest.fixture
-def calls(monkeypatch):
-    """How many vectors each call of autograd.grad was given."""
-    counted, original = [], torch.autograd.grad
-
-    def counting(outputs, inputs, grad_outputs=None, *args, **kwargs):
-        batched = kwargs.get("is_grads_batched", False)
-        counted.append(len(grad_outputs) if batched else 1)
-        return original(outputs, inputs, grad_outputs, *args, **kwargs)
-
-    monkeypatch.setattr(torch.autograd, "grad", counting)
-    return counted
-
-
 @pytest.mark.parametrize("chunk_size", [None, 1, 2, 3, 4, 6, 7])
 @pytest.mark.parametrize(
     ("fisher", "V"),

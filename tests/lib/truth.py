@@ -223,3 +223,25 @@ def targets(kind, N, K, shape=()):
         "binary": (f > 0).to(f.dtype),
         "fractions": f.sigmoid(),
     }[kind]
+
+
+class Net(nn.Module):
+    """Named layers, run by a function given from outside."""
+
+    def __init__(self, run, **layers):
+        super().__init__()
+        for name, layer in layers.items():
+            self.add_module(name, layer)
+        self.run = run
+
+    def forward(self, x):
+        return self.run(self, x)
+
+
+def labels(loss, f):
+    """Random targets that fit a prediction."""
+    if isinstance(loss, nn.MSELoss):
+        return torch.randn_like(f)
+    if isinstance(loss, nn.BCEWithLogitsLoss):
+        return torch.rand_like(f)
+    return torch.randint(f.shape[1], (len(f), *f.shape[2:]))
