@@ -52,8 +52,8 @@ class Exact(_Delta):
         eigen = kronecker if isinstance(kronecker, EigenKronecker) else kronecker.eigh()
         if self.delta < torch.finfo(eigen.eigenvalues.dtype).tiny:
             _check_regular(eigen.eigenvalues)
-        damped = eigen.eigenvalues.clamp(min=0) + self.delta
-        return EigenKronecker(eigen.Q_A, eigen.Q_B, 1 / damped)
+        inverted = eigen.eigenvalues.clamp(min=0).add_(self.delta).reciprocal_()
+        return EigenKronecker(eigen.Q_A, eigen.Q_B, inverted)
 
 
 class Factored(_Delta):
@@ -83,11 +83,10 @@ class Factored(_Delta):
             TypeError: If the element has no two factors, as that of EKFAC.
         """
         A, B = _two_factors(kronecker, self)
-        mean_A = (A if A.ndim == 1 else A.diagonal()).sum() / len(A)
-        mean_B = B.trace() / len(B)
-        usable = (mean_A > 0) & (mean_B > 0)
+        mean_A, mean_B = (A if A.ndim == 1 else A.diagonal()).mean(), B.diagonal().mean()
         # The roots first: the quotient of the means may overflow.
-        pi = torch.where(usable, mean_A.sqrt() / mean_B.where(usable, 1).sqrt(), 1.0)
+        usable = float(mean_A) > 0 and float(mean_B) > 0
+        pi = mean_A.sqrt() / mean_B.sqrt() if usable else 1.0
         root = self.delta**0.5
         return Kronecker(_shift(A, pi * root), _shift(B, root / pi)).inverse()  # type: ignore[return-value]
 

@@ -498,9 +498,9 @@ def _spd_inverse(factor: Tensor, name: str) -> Tensor:
     else:
         root, info = torch.linalg.cholesky_ex(factor)
     # The squared pivots of a singular matrix end at the rounding of the largest, not at zero.
-    pivots = _diagonal(root)
-    tiny = pivots.min() <= pivots.max() * (len(pivots) * torch.finfo(factor.dtype).eps) ** 0.5
-    if bool((info != 0) | tiny):
+    smallest, largest = (float(pivot) for pivot in torch.aminmax(_diagonal(root)))
+    bound = largest * (len(factor) * torch.finfo(factor.dtype).eps) ** 0.5
+    if int(info) != 0 or smallest <= bound:
         raise ValueError(
             f"Factor {name} of shape {tuple(factor.shape)} is singular to machine precision, as "
             "factors of real data often are. Damp, or damp more: inverse(Exact(1e-3))."

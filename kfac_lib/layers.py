@@ -389,7 +389,9 @@ def as_matrix(layer: nn.Module, parameter: Tensor) -> Tensor:
         >>> as_matrix(nn.Embedding(7, 2), torch.ones(7, 2)).shape
         torch.Size([2, 7])
     """
-    return parameter.T if lookup_of(layer) else parameter.reshape(len(parameter), -1)
+    if parameter.ndim == 1:
+        return parameter.unsqueeze(1)
+    return parameter.T if lookup_of(layer) else parameter.flatten(1)
 
 
 def from_matrix(layer: nn.Module, matrix: Tensor, shape: torch.Size) -> Tensor:
