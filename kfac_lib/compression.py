@@ -90,18 +90,16 @@ def sections(
 
 @dataclass(frozen=True)
 class Head:
-    """A last layer that has a closed form, and what is behind it (:ref:`speed-classes`).
+    """A last affine map that has a closed form, and what is behind it (:ref:`speed-classes`).
 
     Args:
-        name: The layer's name.
-        call: Its call.
+        call: The call of the layer that it is; None where that is not covered.
         weight: Its matrix W, shape (C, D_in).
         behind: The calls of the other layers.
         cut: Its input, from where they are reached; None if there are no others.
     """
 
-    name: str
-    call: Call
+    call: Call | None
     weight: Tensor
     behind: dict[str, list[Call]]
     cut: Cut | None
@@ -127,44 +125,61 @@ class Head:
 
 
 def closed_head(f: Tensor, calls: Mapping[str, list[Call]]) -> Head | None:
-    """Find the layer whose vectors need not be formed (:ref:`speed-classes`).
+    """Find the affine map whose vectors need not be formed (:ref:`speed-classes`).
 
     Args:
         f: The prediction, attached to its graph.
         calls: What a source noted.
 
     Returns:
-        The last layer, if the prediction (N, C) is what it gives, as an affine map of one input
-        (N, D_in), and all other layers are reached through this input; else None.
+        The last layer, covered or not, if the prediction (N, C) is what it gives, as an affine map
+        of one input (N, D_in), and all other layers are reached through this input; else None.
 
     Example:
         >>> from kfac_lib.capture import Hooks
         >>> net = torch.nn.Sequential(torch.nn.Linear(2, 3), torch.nn.Linear(3, 100))
         >>> head = closed_head(*Hooks(net).run(torch.ones(5, 2)))
-        >>> head.name, head.cut.width
+        >>> head.call.name, head.cut.width
         ('1', 3)
     """
     if f.ndim != 2:
         return None
     source = get_gradient_edge(f)
-    for name, of_layer in calls.items():
-        call = of_layer[0]
-        if not _same_place(call.edge, source):
-            continue
-        shape, weight = torch.Size((f.shape[0], call.x.shape[-1])), call.weight
-        if weight is None or len(of_layer) > 1 or call.before > 1 or call.x.shape != shape:
-            return None
-        if weight.shape != (f.shape[1], shape[1]):
-            return None
-        behind = {other: of_other for other, of_other in calls.items() if other != name}
-        if not behind:
-            return Head(name, call, weight, behind, None)
-        if call.input_edge is None:
-            return None
-        cut = Cut(call.input_edge, shape)
-        reached = _near(source, cut, calls) == [name]
-        return Head(name, call, weight, behind, cut) if reached else None
-    return None
+    covered = [name for name, of in calls.items() if _same_place(of[0].edge, source)]
+    head = _covered_head(f, calls, covered[0]) if covered else _uncovered_head(f, calls)
+    if head is None or (head.cut is None and head.behind):
+        return None
+    through = head.cut is None or _near(source, head.cut, calls) == covered
+    return head if through else None
+
+
+def _covered_head(f: Tensor, calls: Mapping[str, list[Call]], name: str) -> Head | None:
+    call = calls[name][0]
+    shape, weight = torch.Size((f.shape[0], call.x.shape[-1])), call.weight
+    if weight is None or len(calls[name]) > 1 or call.before > 1 or call.x.shape != shape:
+        return None
+    if weight.shape != (f.shape[1], shape[1]):
+        return None
+    behind = {other: of_other for other, of_other in calls.items() if other != name}
+    cut = None if call.input_edge is None or not behind else Cut(call.input_edge, shape)
+    return Head(call, weight, behind, cut)
+
+
+def _uncovered_head(f: Tensor, calls: Mapping[str, list[Call]]) -> Head | None:
+    """The product x Wᵀ (+ b) that gives f, of a layer that is frozen or ignored."""
+    node = f.grad_fn
+    name = None if node is None else node.name()
+    if name not in ("AddmmBackward0", "MmBackward0"):
+        return None
+    assert node is not None
+    if getattr(node, "_saved_alpha", 1) != 1:
+        return None
+    x, number = node.next_functions[-2]  # (b, x, W) or (x, W)
+    if x is None:
+        return None
+    weight = node._saved_mat2.T.detach()  # type: ignore[attr-defined]
+    cut = Cut(GradientEdge(x, number), torch.Size((f.shape[0], weight.shape[1])))
+    return Head(None, weight, dict(calls), cut)
 
 
 class GramSums:

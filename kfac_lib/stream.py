@@ -180,16 +180,17 @@ def stream(
             place, behind = f, calls
             vectors = vectors_of(fisher, criterion, f, y, chunk_size)
         else:
-            yield (
-                head.name,
-                OutputRows(
-                    x=head.call.x[keep].unsqueeze(1),
-                    hessian=hessian[keep],
-                    vectors=partial(_kept_vectors, fisher, criterion, f, y, keep),
-                    bias=1.0 if head.name in biases else None,
-                    count=count,
-                ),
-            )
+            if head.call is not None:
+                yield (
+                    head.call.name,
+                    OutputRows(
+                        x=head.call.x[keep].unsqueeze(1),
+                        hessian=hessian[keep],
+                        vectors=partial(_kept_vectors, fisher, criterion, f, y, keep),
+                        bias=1.0 if head.call.name in biases else None,
+                        count=count,
+                    ),
+                )
             if head.cut is None:
                 continue
             place, behind = head.cut.edge, head.behind

@@ -847,7 +847,7 @@ def test_no_layer_behind_a_cut_is_reached_around_it(model):
 def test_a_head_that_gives_the_prediction_is_found(net, name):
     model, (X, _) = example(net, CE)
     head = closed_head(*run(model, X))
-    assert head.name == name
+    assert head.call.name == name
     assert set(head.behind) == set(cover(model).layers) - {name}
     assert (head.cut is None) == (not head.behind)
     assert torch.equal(head.weight, model.get_submodule(name).weight)
@@ -868,12 +868,83 @@ def test_a_layer_that_is_no_head_is_not_taken_for_one(net):
     assert closed_head(*run(model, X)) is None
 
 
+@pytest.mark.parametrize("left_out", ["frozen", "ignored"])
+@pytest.mark.parametrize(
+    ("net", "name"),
+    [
+        ("narrow head", "4"), ("narrow head without bias", "2"), ("residual", "head"),
+        ("convolutional", "7"), ("dead units", "4"), ("tokens", "2"),
+    ],
+)  # fmt: skip
+def test_a_head_that_is_not_covered_is_found_and_changes_no_other_factor(net, name, left_out):
+    model, (X, y) = example(net, CE)
+    expected = KFAC.compute(model, CE, (X, y))
+    model.get_submodule(name).requires_grad_(left_out == "ignored")
+    ignore = [name] if left_out == "ignored" else []
+    head = closed_head(*Hooks(model, cover(model, ignore=ignore)).run(X))
+    assert head.call is None
+    assert set(head.behind) == set(expected) - {name}
+    assert torch.equal(head.weight, model.get_submodule(name).weight)
+    for chunk_size in (None, 1):
+        kfac = KFAC.compute(model, CE, (X, y), chunk_size=chunk_size, ignore=ignore)
+        assert set(kfac) == set(expected) - {name}
+        for other, K in kfac.items():
+            assert relative_error(K.A, expected[other].A) < 1e-12
+            assert relative_error(K.B, expected[other].B) < 1e-12
+
+
+class LastProduct(nn.Module):
+    """A net whose prediction is some product of what its layers give and other matrices."""
+
+    def __init__(self, product):
+        super().__init__()
+        self.first, self.second = lin(3, 5), lin(3, 5)
+        self.product, self.V = product, nn.Parameter(torch.randn(5, C), requires_grad=False)
+
+    def forward(self, X):
+        return self.product(self.first(X).tanh(), self.second(X).tanh(), self.V)
+
+
+@pytest.mark.parametrize(
+    "product",
+    [
+        lambda h, k, V: torch.addmm(V[0], h + k, V, alpha=2.0),
+        lambda h, k, V: (torch.eye(len(h)) @ (h + k)) @ V + h @ V,
+        lambda h, k, V: torch.eye(len(h)) @ torch.cat([h, k] * 4, dim=1)[:, :C],
+    ],
+    ids=["scaled", "a sum of two", "of the data from the left"],
+)
+def test_a_product_that_is_no_head_is_not_taken_for_one(product):
+    model, X = LastProduct(product), torch.randn(4, 3)
+    assert closed_head(*run(model, X)) is None
+    y = torch.randint(C, (4,))
+    kfac, plain = (KFAC.compute(model, CE, (X, y), fisher) for fisher in (TypeII(), TypeI()))
+    for name, K in kfac.items():
+        assert relative_error(K.B, plain[name].B) < 1e-12
+
+
+def test_a_product_with_a_matrix_that_a_layer_gives_is_no_head():
+    model = LastProduct(lambda h, k, V: h @ (V * k.mean()))
+    assert closed_head(*run(model, torch.randn(4, 3))) is None
+
+
+def test_a_product_with_a_matrix_that_no_layer_gives_is_a_head():
+    model, X = LastProduct(lambda h, k, V: torch.addmm(V[0], h * k, V, beta=3.0)), torch.randn(4, 3)
+    head = closed_head(*run(model, X))
+    assert head.call is None
+    assert torch.equal(head.weight, model.V.T)
+    y = torch.randint(C, (4,))
+    kfac, plain = (KFAC.compute(model, CE, (X, y), fisher) for fisher in (TypeII(), TypeI()))
+    for name, K in kfac.items():
+        assert relative_error(K.B, plain[name].B) < 1e-12
+
+
 @pytest.mark.parametrize(
     ("width", "classes", "narrow"), [(6, 31, False), (6, 32, True), (40, 32, False)]
 )
 def test_a_head_is_narrow_if_it_has_many_classes_and_fewer_inputs(width, classes, narrow):
     head = closed_head(*run(mlp(4, width, classes), torch.randn(3, 4)))
-    assert head.name == "2"
+    assert head.call.name == "2"
     assert head.is_narrow is narrow
 
 
