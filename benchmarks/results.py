@@ -3,7 +3,7 @@
 import json
 import os
 import platform
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 import kfac_lib
+from benchmarks import chapters
 from benchmarks.contenders import TIMED, WEIGHED
 from benchmarks.goals import (
     MEMORY_GOALS,
@@ -63,15 +64,24 @@ def load(path: Path = JSON) -> Json:
     return json.loads(path.read_text()) if path.exists() else {"rows": [], "memory": []}
 
 
-def save(old: Json, timed: list[Json], weighed: list[Json], path: Path = JSON) -> Json:
+def save(
+    old: Json,
+    timed: Sequence[Json] = (),
+    weighed: Sequence[Json] = (),
+    executed: Sequence[Json] = (),
+    path: Path = JSON,
+) -> Json:
     """Merge new rows into what was there, judge all by the goals, and write the JSON."""
-    dated = [row["date"] for row in (*timed, *weighed)]
+    dated = [row["date"] for row in (*timed, *weighed, *executed)]
+    of_chapter = {one["name"]: one for one in (*old.get("chapters", ()), *executed)}
+    names = [path.stem for path in chapters.notebooks()]
     result = {
         "date": max(dated, default=old.get("date")),
         "versions": versions(),
         "machine": machine(),
         "rows": merged(old["rows"], timed, rows()),
         "memory": merged(old["memory"], weighed, memory_rows()),
+        "chapters": [of_chapter[name] for name in names if name in of_chapter],
     }
     for row in result["rows"]:
         found = [v for v in verdicts(row, result["rows"]) if v.ratio is not None]
@@ -109,6 +119,9 @@ def tables(result: Json) -> str:
         parts.append("## A training step, as a multiple of one of SGD\n\n" + _times(steps, labels))
     if result["memory"]:
         parts.append("## Growth of the peak memory, in MiB\n\n" + _memory(result["memory"]))
+    if result["chapters"]:
+        body = [[one["name"], f"{one['seconds']:.1f}"] for one in result["chapters"]]
+        parts.append("## Executing the book\n\n" + _lines(["notebook", "seconds"], body))
     reasons = [
         f"- {label}, {_title(row)}: {reason}."
         for row in (*result["rows"], *result["memory"])

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from benchmarks import loop, reference, results
+from benchmarks import chapters, loop, reference, results
 from benchmarks.agreement import check, difference
 from benchmarks.goals import FEWER_CLASSES, PEER, REFERENCE, memory_verdicts, verdicts
 from benchmarks.ours import by_hooks
@@ -149,9 +149,9 @@ def test_rows_that_were_not_measured_again_stay_as_they_are(tmp_path):
     first = [
         row_of(row.problem, row.work, kfac_lib=1.0) | {"date": "2000-01-01"} for row in (two, one)
     ]
-    results.save(results.load(path), first, [], path)
+    results.save(results.load(path), timed=first, path=path)
     again = row_of(LARGE, Work(), kfac_lib=2.0) | {"date": "2000-01-02"}
-    results.save(results.load(path), [again], [], path)
+    results.save(results.load(path), timed=[again], path=path)
     saved = results.load(path)
     assert [row["contenders"]["kfac_lib"]["median"] for row in saved["rows"]] == [1.0, 2.0]
     assert [row["date"] for row in saved["rows"]] == ["2000-01-01", "2000-01-02"]
@@ -162,3 +162,14 @@ def test_a_work_that_the_reference_does_not_know_is_absent():
     assert reference.reference(SMALL.make(), Work(layers="last")) is None
     assert loop.loop(SMALL.make(), Work("EKFAC")) is None
     assert isinstance(by_hooks(SMALL.make(), Work(layers="last")), Prepared)
+
+
+def test_chapters_are_kept_in_order_with_the_rows(tmp_path):
+    path, names = tmp_path / "speed.json", [path.stem for path in chapters.notebooks()]
+    found = [{"name": name, "date": "2000-01-01", "seconds": 1.0} for name in names[1::-1]]
+    results.save(results.load(path), executed=found, path=path)
+    again = {"name": names[0], "date": "2000-01-02", "seconds": 2.0}
+    saved = results.save(results.load(path), executed=[again, {**again, "name": "gone"}], path=path)
+    assert [one["name"] for one in saved["chapters"]] == names[:2]
+    assert [one["seconds"] for one in saved["chapters"]] == [2.0, 1.0]
+    assert f"| {names[0]} | 2.0 |" in results.tables(saved)
