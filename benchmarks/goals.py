@@ -6,8 +6,10 @@ from typing import Any, NamedTuple
 
 from benchmarks.contenders import CHUNKED, OURS, PEERS
 from benchmarks.problems import CNN, LARGE, REGRESSION, SMALL, TOKENS, with_classes
+from benchmarks.rows import Work
 
 Json = dict[str, Any]
+LAST_LAYER = str(Work(layers="last"))
 PEER, REFERENCE, FEWER_CLASSES = "fastest peer", "reference", "a tenth of the classes"
 
 
@@ -21,6 +23,7 @@ class Goal:
         ratio: Its time over ours is to be at least this.
         problems: Names of the problems; all if empty.
         works: How the names of the works begin; all if empty.
+        but: Works to which it does not apply.
         stretch: A ratio that would be better still.
     """
 
@@ -29,11 +32,13 @@ class Goal:
     ratio: float
     problems: tuple[str, ...] = ()
     works: tuple[str, ...] = ()
+    but: tuple[str, ...] = ()
     stretch: float | None = None
 
     def applies(self, row: Json) -> bool:
         of_problem = not self.problems or row["problem"] in self.problems
-        return of_problem and (not self.works or row["work"].startswith(self.works))
+        of_work = not self.works or row["work"].startswith(self.works)
+        return of_problem and of_work and row["work"] not in self.but
 
 
 TUTORIAL = (SMALL.name, REGRESSION.name)
@@ -45,7 +50,8 @@ GOALS = (
     Goal(1, PEER, 1.1, (*TUTORIAL, *LARGER), ("Monte Carlo", "empirical")),
     Goal(2, REFERENCE, 1 / 1.15),
     Goal(3, PEER, 10.0, (with_classes(1000).name,)),
-    Goal(3, FEWER_CLASSES, 1 / 10, (with_classes(10000).name,)),
+    # The last layer's own cost is shown beside it: its B alone has C² entries.
+    Goal(3, FEWER_CLASSES, 1 / 10, (with_classes(10000).name,), but=(LAST_LAYER,)),
     Goal(4, PEER, 1.3, works=("EKFAC",)),
 )
 MEMORY_GOALS = {OURS: 1.5, CHUNKED: 1.0}

@@ -127,6 +127,8 @@ def test_ten_thousand_classes_are_judged_by_a_thousand():
         row = row_of(with_classes(10000), Work(), kfac_lib=median)
         found = {v.goal.against: v for v in verdicts(row, [thousand, row])}
         assert found[FEWER_CLASSES].met is met
+    last = row_of(with_classes(10000), Work(layers="last"), kfac_lib=9.0)
+    assert FEWER_CLASSES not in {verdict.goal.against for verdict in verdicts(last, [thousand])}
     by_peer = {verdict.goal.against: verdict for verdict in verdicts(thousand)}[PEER]
     assert (by_peer.goal.ratio, by_peer.met) == (10.0, True)
 
