@@ -85,7 +85,7 @@ def save(
     }
     for row in result["rows"]:
         found = [v for v in verdicts(row, result["rows"]) if v.ratio is not None]
-        row["judged"] = len(found)
+        row["aims"] = [v.goal.against for v in found]
         row["missed"] = [
             {"against": v.goal.against, "ratio": v.ratio, "wanted": v.goal.ratio}
             for v in found
@@ -93,7 +93,7 @@ def save(
         ]
     for row in result["memory"]:
         of_memory = memory_verdicts(row)
-        row["judged"] = len(of_memory)
+        row["aims"] = [f"memory, {v.label}" for v in of_memory]
         row["missed"] = [
             {"against": f"memory, {v.label}", "ratio": v.ratio, "wanted": MEMORY_GOALS[v.label]}
             for v in of_memory
