@@ -85,6 +85,7 @@ def backpropagate(
     calls: Mapping[str, list[Call]],
     vectors: Vectors,
     chunk_size: int | None = None,
+    joint: bool = False,
 ) -> Iterator[dict[str, list[Tensor]]]:
     """Find the pseudo-gradients of every call, chunk by chunk (:ref:`kfac-pseudo-gradients`).
 
@@ -96,6 +97,7 @@ def backpropagate(
         vectors: The vectors, in the shape that the tensor has there.
         chunk_size: How many are backpropagated at once; as many as fit into :data:`MEMORY` when
             not given.
+        joint: Whether all layers are to get the same vectors, in full number.
 
     Yields:
         For some of the layers, or all, one gradient (V, *shape) a call; V differs between layers.
@@ -115,7 +117,9 @@ def backpropagate(
         yield {name: [empty.new_empty(0, *c.shape) for c in of] for name, of in calls.items()}
         return
     place = get_gradient_edge(source) if isinstance(source, Tensor) else source
-    for section in sections(place, calls, len(vectors), N=vectors[:1].shape[1]):
+    whole = [Section(dict(calls), None)]
+    N = vectors[:1].shape[1]
+    for section in whole if joint else sections(place, calls, len(vectors), N):
         edges = [call.edge for of_layer in section.calls.values() for call in of_layer]
         sums = None
         if section.cut is not None:

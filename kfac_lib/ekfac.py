@@ -105,7 +105,7 @@ class EKFAC(Blocks[EigenKronecker | BlockDiagonal]):
         choice = sharing_of(sharing, list(source.coverage.layers))
         parts = {name: parts_of(source.coverage, name, bias) for name in choice}
         rewind = same_draws(fisher, data)
-        data = _in_order(data) if hasattr(fisher, "generator") else data
+        data = in_order(data) if hasattr(fisher, "generator") else data
         # Where the rows of one batch fit into memory together, there is no need to run it again.
         held = Held() if is_pair(data) and chunk_size is None else None
         factors = factor_sums(source, criterion, data, fisher, choice, chunk_size, held)
@@ -195,7 +195,17 @@ def same_draws(fisher: Fisher, data: Data = None) -> Callable[[], None]:
     return rewind
 
 
-def _in_order(data: Data) -> Data:
+def in_order(data: Data) -> Data:
+    """Data that refuse to come in another order in a later pass (:ref:`diag-subsample`).
+
+    A random flavour draws its vectors anew in each pass; the same draws belong to the same data
+    only in the same order.
+
+    Example:
+        >>> pair = torch.ones(5, 2), torch.zeros(5, 3)
+        >>> in_order(pair) is pair, len(list(in_order([pair, pair])))
+        (True, 2)
+    """
     return data if is_pair(data) or not isinstance(data, Iterable) else _InOrder(data)
 
 
@@ -212,7 +222,7 @@ class _InOrder:
             seen.append(float(pair[1].double().sum()) if is_pair(pair) else 0.0)
             if self.seen is not None and self.seen[: number + 1] != seen:
                 raise ValueError(
-                    "The data come in another order in the second pass of EKFAC, and a random "
+                    "The data come in another order in the second pass, and a random "
                     "flavour would draw other vectors for them. Give a list of batches, or a "
                     "loader without shuffling."
                 )

@@ -416,6 +416,8 @@ def accumulate(
     fisher: Fisher,
     chunk_size: int | None = None,
     held: Held | None = None,
+    *,
+    joint: bool = False,
 ) -> None:
     """Feed the rows of all data to one accumulator a layer (:ref:`kfac-batches`).
 
@@ -428,6 +430,7 @@ def accumulate(
         chunk_size: How many vectors are backpropagated at once; what fits into 64 MiB when
             not given (:ref:`speed-memory`).
         held: Where the rows are kept, if they are needed once more.
+        joint: Whether all layers are to see the same vectors, in full number.
 
     Raises:
         ValueError: If no datum counts, or the data are bad.
@@ -443,7 +446,7 @@ def accumulate(
     check_kind("fisher", fisher, "vectors", flavours())
     if chunk_size is None and isinstance(fisher, TypeII):
         fisher = TypeII("minimal")  # the same matrix, in one vector less
-    for name, rows in stream(source, criterion, fisher, data, chunk_size=chunk_size):
+    for name, rows in stream(source, criterion, fisher, data, chunk_size=chunk_size, joint=joint):
         accumulators[name].update(rows)
         if held is not None:
             held.add(name, rows)

@@ -5,6 +5,7 @@ tensors become rows of shape (N, S, D). Explained in the section :ref:`share-axi
 two short functions, registered for its type; everything else then works.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache, singledispatch
 from math import prod
@@ -180,6 +181,16 @@ class Patches:
     def total(self) -> Tensor:
         """Return their sum over s, shape (N, D_in)."""
         return self.convolution.patch_sums(self.images)
+
+    def double(self) -> "Patches":
+        """Return the patches in double precision."""
+        return Patches(self.images.double(), self.convolution)
+
+    @staticmethod
+    def joined(parts: Sequence["Patches"]) -> "Patches":
+        """Return the patches of the data of several."""
+        images = torch.cat([part.images for part in parts])
+        return Patches(images, parts[0].convolution)
 
 
 @dataclass(frozen=True)

@@ -4,10 +4,10 @@ Fast paths live behind these names: the 1 that a joint bias appends to every inp
 inputs of an Embedding, are never stored. Explained in the section :ref:`share-axis`.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from math import prod
-from typing import Literal, NamedTuple
+from typing import ClassVar, Literal, NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
@@ -79,6 +79,8 @@ class _Gradients:
     """What all rows with stored pseudo-gradients g have in common."""
 
     g: Tensor
+    _input: ClassVar[str] = "x"
+    """The field that holds the inputs, axis 0 the datum."""
 
     @property
     def V(self) -> int:
@@ -89,6 +91,25 @@ class _Gradients:
     def nbytes(self) -> int:
         """Bytes of the pseudo-gradients."""
         return self.g.nbytes
+
+    def of_data(self, some: slice | Tensor) -> Self:
+        """Return the rows of some of the data."""
+        return self._with(getattr(self, self._input)[some], self.g[:, some])
+
+    def double(self) -> Self:
+        """Return the rows in double precision."""
+        x = getattr(self, self._input)
+        return self._with(x if self._input == "tokens" else x.double(), self.g.double())
+
+    def joined(self, others: Sequence[Self]) -> Self:
+        """Return the rows of these data, and of others of the same layer."""
+        inputs = [getattr(rows, self._input) for rows in (self, *others)]
+        x = Patches.joined(inputs) if self._input == "patches" else torch.cat(inputs)
+        return self._with(x, torch.cat([rows.g for rows in (self, *others)], dim=1))
+
+    def _with(self, x: Tensor | Patches, g: Tensor) -> Self:
+        changed: Self = replace(self, **{self._input: x, "g": g})  # type: ignore[type-var]
+        return changed
 
 
 @dataclass(frozen=True)
@@ -232,6 +253,7 @@ class TokenRows(_Gradients):
         [[1.0, 0.0, 2.0], [0.0, 0.0, 0.0], [2.0, 0.0, 4.0]]
     """
 
+    _input: ClassVar[str] = "tokens"
     tokens: Tensor
     g: Tensor
     count: Count
@@ -324,6 +346,7 @@ class PatchRows(_Gradients):
         (torch.Size([19, 19]), 36.0)
     """
 
+    _input: ClassVar[str] = "patches"
     patches: Patches
     g: Tensor
     bias: float | None
@@ -448,7 +471,11 @@ class OutputRows:
 
     def outer(self) -> Tensor:
         """Return P_{n,v} = g x̃ᵀ, as :meth:`LayerRows.outer`."""
-        return replace(self._inputs(), g=self.g).outer()
+        return self.formed().outer()
+
+    def formed(self) -> LayerRows:
+        """Return the rows with their vectors, which are made for it."""
+        return replace(self._inputs(), g=self.g)
 
     def split(self) -> list["OutputRows"]:
         """Return the rows as they are: there is one group."""

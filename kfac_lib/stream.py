@@ -118,6 +118,7 @@ def stream(
     data: Data,
     *,
     chunk_size: int | None = None,
+    joint: bool = False,
 ) -> Iterator[tuple[str, Rows]]:
     """Run a source over the data and yield the rows of every layer.
 
@@ -125,7 +126,8 @@ def stream(
     :func:`torch.autograd.grad` a batch; V calls if an operation of the model cannot be batched.
     Several calls of a layer are joined along S. Where a place in the net is narrower than the
     vectors are many, fewer with the same Σ_v g gᵀ go on from there, and type-II vectors of a last
-    affine layer may have a closed form (:ref:`speed-classes`): V differs between layers then.
+    affine layer may have a closed form (:ref:`speed-classes`): V differs between layers then,
+    unless they are streamed jointly.
 
     Args:
         source: What runs the model: :class:`~kfac_lib.capture.Hooks`, or
@@ -135,6 +137,8 @@ def stream(
         data: One pair (X, y), or an iterable of them.
         chunk_size: How many vectors are backpropagated at once; what fits into 64 MiB when
             not given (:ref:`speed-memory`).
+        joint: Whether vector v is to be the same for all layers, so that their rows can be
+            compared; nothing is compressed then.
 
     Yields:
         Pairs of a layer's name and its rows.
@@ -158,6 +162,7 @@ def stream(
         raise ValueError("Inference mode records no graph. Leave torch.inference_mode() first.")
     biases = source.coverage.biases
     for X, y in batches(data):
+        y = y.detach()
         f, calls = source.run(X)
         if len(f) != len(y):
             raise ValueError(
@@ -169,7 +174,7 @@ def stream(
         N = int(counted.sum())
         keep = slice(None) if len(f) == N else counted
         count = Count(N, criterion.denominator(f, y))
-        closed = isinstance(fisher, TypeII) and criterion.agrees("output_hessian")
+        closed = isinstance(fisher, TypeII) and not joint and criterion.agrees("output_hessian")
         head = closed_head(f, calls) if closed else None
         if head is not None and chunk_size is not None and not head.is_narrow:
             head = None  # the columns are made chunk by chunk instead
@@ -197,7 +202,7 @@ def stream(
             vectors = head.vectors(hessian)
         x = {name: _joined_inputs(of_layer, len(f))[keep] for name, of_layer in behind.items()}
         new = set(behind)
-        for gradients in backpropagate(place, behind, vectors, chunk_size):
+        for gradients in backpropagate(place, behind, vectors, chunk_size, joint):
             for name in list(gradients):
                 g = _joined_outputs(behind[name], gradients.pop(name), len(f))[:, keep]
                 of_chunk = count if name in new else Count(0, 0)

@@ -128,3 +128,13 @@ def test_data_are_one_pair_or_any_iterable_of_pairs():
         relative_error(KFAC.compute(net, MSE, loader).to_dense("cvec"), one.to_dense("cvec"))
         < 1e-12
     )
+
+
+def test_targets_that_require_grad_leave_no_graph_in_the_factors():
+    model, X = nn.Linear(4, 3), torch.randn(6, 4)
+    y = model(X) + torch.randn(6, 3)
+    assert y.requires_grad
+    for fisher in (TypeII(), Empirical(), MonteCarlo()):
+        K = KFAC.compute(model, nn.MSELoss(), (X, y), fisher)[""]
+        assert not K.A.requires_grad
+        assert not K.B.requires_grad
