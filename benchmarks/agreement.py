@@ -14,9 +14,12 @@ def difference(work: Work, ours: list[Any], other: list[Any]) -> float:
     """Largest relative difference over the layers.
 
     Factors: of A ⊗ B. EKFAC: of the sum of the eigenvalues, since the order and, where they are
-    equal, the bases are free. Inverses: of the preconditioned gradient. Input-only: of A up to a
+    equal, the bases are free. A diagnosis: of the errors themselves. Inverses: of the
+    preconditioned gradient. Input-only: of A up to a
     constant, which libraries choose differently.
     """
+    if work.kind == "diagnose":
+        return max(abs(one - another) for one, another in zip(ours, other, strict=True))
     if work.kind == "EKFAC":
         return max(
             abs(float(one.double().sum() / another.double().sum()) - 1)

@@ -10,7 +10,12 @@ from benchmarks.rows import Work
 
 Json = dict[str, Any]
 LAST_LAYER = str(Work(layers="last"))
-PEER, REFERENCE, FEWER_CLASSES = "fastest peer", "reference", "a tenth of the classes"
+PEER, REFERENCE, GRADIENT, FEWER_CLASSES = (
+    "fastest peer",
+    "reference",
+    "a gradient",
+    "a tenth of the classes",
+)
 
 
 @dataclass(frozen=True)
@@ -19,11 +24,12 @@ class Goal:
 
     Args:
         number: The goal's number in the project's list.
-        against: The fastest peer, the reference, or ours with a tenth of the classes.
+        against: The fastest peer, the reference, a gradient, or ours with a tenth of the classes.
         ratio: Its time over ours is to be at least this.
         problems: Names of the problems; all if empty.
         works: How the names of the works begin; all if empty.
         but: Works to which it does not apply.
+        N: Batch size; any if None.
         stretch: A ratio that would be better still.
     """
 
@@ -33,10 +39,12 @@ class Goal:
     problems: tuple[str, ...] = ()
     works: tuple[str, ...] = ()
     but: tuple[str, ...] = ()
+    N: int | None = None
     stretch: float | None = None
 
     def applies(self, row: Json) -> bool:
         of_problem = not self.problems or row["problem"] in self.problems
+        of_problem &= self.N in (None, row["N"])
         of_work = not self.works or row["work"].startswith(self.works)
         return of_problem and of_work and row["work"] not in self.but
 
@@ -53,6 +61,7 @@ GOALS = (
     # The last layer's own cost is shown beside it: its B alone has C² entries.
     Goal(3, FEWER_CLASSES, 1 / 10, (with_classes(10000).name,), but=(LAST_LAYER,)),
     Goal(4, PEER, 1.3, works=("EKFAC",)),
+    Goal(7, GRADIENT, 1 / 40, (LARGE.name,), ("diagnosis, Monte Carlo",), N=256),
 )
 MEMORY_GOALS = {OURS: 1.5, CHUNKED: 1.0}
 """Goal 5: peak of the process over that of the most frugal library from PyPI, at most this."""
@@ -100,9 +109,15 @@ def verdicts(row: Json, all_rows: Iterable[Json] = ()) -> list[Verdict]:
     ratios = {
         PEER: ratio_to(row, fastest_peer(row)),
         REFERENCE: ratio_to(row, "reference"),
+        GRADIENT: _of_gradient(row),
         FEWER_CLASSES: _fewer_classes(row, all_rows),
     }
     return [Verdict(goal, ratios[against]) for against, goal in strictest.items()]
+
+
+def _of_gradient(row: Json) -> float | None:
+    """Time of one gradient over ours."""
+    return row["unit"]["median"] / row["contenders"][OURS]["median"] if "unit" in row else None
 
 
 def _fewer_classes(row: Json, all_rows: Iterable[Json]) -> float | None:

@@ -11,6 +11,7 @@ from benchmarks.rows import Prepared, Work
 from kfac_lib import (
     EKFAC,
     KFAC,
+    Diagnosis,
     Empirical,
     Exact,
     Expand,
@@ -20,6 +21,7 @@ from kfac_lib import (
     MonteCarlo,
     Reduce,
     TypeII,
+    diagnose,
 )
 from kfac_lib.damping import layer_inverse
 from kfac_lib.layers import as_matrix, from_matrix
@@ -41,6 +43,8 @@ def by_hooks(made: Made, work: Work, chunk_size: int | None = None) -> Prepared 
         return _inverse(made, work)
     if work.kind == "precondition":
         return _precondition(made, work)
+    if work.kind == "diagnose":
+        return _diagnosis(made, work)
     return None
 
 
@@ -85,6 +89,13 @@ def _factors(
         return [(block.A, block.B) for block in blocks.values()]
 
     return Prepared(run, read)
+
+
+def _diagnosis(made: Made, work: Work) -> Prepared:
+    def run() -> Diagnosis:
+        return diagnose(made.model, made.loss_func, (made.X, made.y), fisher=FISHERS[work.flavour])
+
+    return Prepared(run, lambda diagnosis: [one.kfac_error.value for one in diagnosis.values()])
 
 
 def _inverse(made: Made, work: Work) -> Prepared:

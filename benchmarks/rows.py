@@ -22,6 +22,14 @@ from benchmarks.problems import (
 
 FLAVOURS = ("type-II", "Monte Carlo", "empirical", "input-only")
 DAMPINGS = ("Exact", "Factored")
+DIAGNOSES = (
+    (SMALL, 256, "Monte Carlo"),
+    (LARGE, 64, "Monte Carlo"),
+    (LARGE, 256, "Monte Carlo"),
+    (LARGE, 1024, "Monte Carlo"),
+    (LARGE, 256, "type-II"),
+)
+"""Width, number of data and number of vectors, to see how the time of a diagnosis grows."""
 
 
 @dataclass(frozen=True)
@@ -30,8 +38,9 @@ class Work:
 
     Args:
         kind: ``"KFAC"`` and ``"EKFAC"`` compute the factors, ``"inverse"`` damps and inverts
-            factors that are there, ``"precondition"`` applies an inverse that is there, and
-            ``"training step"`` is a whole step of an optimizer.
+            factors that are there, ``"precondition"`` applies an inverse that is there,
+            ``"training step"`` is a whole step of an optimizer, and ``"diagnose"`` measures how
+            wrong KFAC is.
         flavour: Flavour of the Fisher.
         sharing: ``"expand"`` or ``"reduce"``.
         damping: ``"Exact"`` or ``"Factored"``, for the inverses.
@@ -51,6 +60,7 @@ class Work:
             "inverse": f"damped inverse, {self.damping}",
             "precondition": f"one preconditioned gradient, {self.damping}",
             "training step": "training step",
+            "diagnose": f"diagnosis, {self.flavour}",
         }
         reduce = ", reduce" if self.sharing == "reduce" else ""
         parts = {"all": "", "last": ", last layer only", "hidden": ", hidden layers only"}
@@ -108,6 +118,8 @@ def rows() -> list[Row]:
     for N in BATCH_SIZES:
         sized = with_batch_size(SMALL, N)
         listed += [Row(sized, Work(flavour=flavour)) for flavour in FLAVOURS[:2] if sized != SMALL]
+    for problem, N, flavour in DIAGNOSES:
+        listed.append(Row(with_batch_size(problem, N), Work("diagnose", flavour)))
     for C in CLASSES:
         parts = [Work(layers=layers) for layers in ("all", "last", "hidden")]
         listed += [Row(with_classes(C), work) for work in parts]

@@ -7,9 +7,19 @@ import torch
 
 from benchmarks import chapters, loop, reference, results
 from benchmarks.agreement import check, difference
-from benchmarks.goals import FEWER_CLASSES, PEER, REFERENCE, memory_verdicts, verdicts
+from benchmarks.goals import FEWER_CLASSES, GRADIENT, PEER, REFERENCE, memory_verdicts, verdicts
 from benchmarks.ours import by_hooks
-from benchmarks.problems import CNN, LARGE, REGRESSION, SMALL, TOKENS, Problem, mlp, with_classes
+from benchmarks.problems import (
+    CNN,
+    LARGE,
+    REGRESSION,
+    SMALL,
+    TOKENS,
+    Problem,
+    mlp,
+    with_batch_size,
+    with_classes,
+)
 from benchmarks.rows import FLAVOURS, Prepared, Row, Work, rows
 
 # Tiny ones of the same kinds: float64 eigenvectors of the large MLP take seconds.
@@ -131,6 +141,13 @@ def test_ten_thousand_classes_are_judged_by_a_thousand():
     assert FEWER_CLASSES not in {verdict.goal.against for verdict in verdicts(last, [thousand])}
     by_peer = {verdict.goal.against: verdict for verdict in verdicts(thousand)}[PEER]
     assert (by_peer.goal.ratio, by_peer.met) == (10.0, True)
+
+
+def test_a_diagnosis_is_judged_by_gradients():
+    for N, median, expected in ((256, 0.39, True), (256, 0.41, False), (1024, 0.1, None)):
+        row = row_of(with_batch_size(LARGE, N), Work("diagnose", "Monte Carlo"), kfac_lib=median)
+        found = {v.goal.against: v.met for v in verdicts(row | {"unit": {"median": 0.01}})}
+        assert found.get(GRADIENT) is expected
 
 
 def test_memory_is_judged_by_the_most_frugal_library_but_not_by_the_loop():
