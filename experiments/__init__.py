@@ -1,0 +1,1 @@
+"""Long runs behind the chapters of Part IV: ``python -m experiments NAME``."""
