@@ -14,7 +14,7 @@ from kfac_lib.accumulate import EigenSums, FactorSums, Sharing, bases_of
 from kfac_lib.capture import Source
 from kfac_lib.ekfac import in_order, same_draws
 from kfac_lib.fisher import Fisher
-from kfac_lib.kfac import Accumulator, accumulate, require_finite
+from kfac_lib.kfac import Accumulator, Both, accumulate, require_finite
 from kfac_lib.kronecker import EigenKronecker, Kronecker, element
 from kfac_lib.losses import Criterion
 from kfac_lib.pairs import (
@@ -197,32 +197,6 @@ class Comparison:
             self.chunk_size,
             joint=joint,
         )
-
-
-@dataclass
-class Both:
-    """Gives the rows of one pass to several accumulators (:ref:`diag-subsample`).
-
-    Args:
-        accumulators: They see the same rows.
-
-    Example:
-        >>> from kfac_lib import Expand
-        >>> Both((FactorSums(Expand()), Energies(Expand()))).count
-        Count(N=0, denominator=0)
-    """
-
-    accumulators: tuple[Accumulator, ...]
-
-    @property
-    def count(self) -> Count:
-        """The counts of the data so far."""
-        return self.accumulators[0].count
-
-    def update(self, rows: Rows) -> None:
-        """Add the rows of a batch, or of a further chunk of its vectors."""
-        for accumulator in self.accumulators:
-            accumulator.update(rows)
 
 
 class Nearer:

@@ -18,7 +18,7 @@ from kfac_lib.estimates import (
     averaged_weight,
 )
 from kfac_lib.gradients import parameters_of
-from kfac_lib.kfac import require_finite
+from kfac_lib.kfac import Both, require_finite
 from kfac_lib.kronecker import BlockDiagonal, Element, nearest_kronecker
 from kfac_lib.losses import Criterion
 from kfac_lib.rows import Count, Rows
@@ -71,7 +71,12 @@ class EigenAverage:
         """Return both averages with a further batch, by one pass; None if no datum counts."""
         batch = self.factors.fresh()
         squares = {name: EigenSums(mine.basis) for name, mine in self.squares.items()}
-        feed({name: _Both(of_layer, squares.get(name)) for name, of_layer in batch.items()})
+        feed(
+            {
+                name: Both((of_layer, squares[name])) if name in squares else of_layer
+                for name, of_layer in batch.items()
+            }
+        )
         if not any_counts(batch):
             return None
         for name, of_layer in squares.items():
@@ -325,20 +330,3 @@ def estimate_of(
         )
     factors = FactorAverage({name: FactorSums(one) for name, one in sharing.items()})
     return EigenAverage(factors) if approximation == "ekfac" else factors
-
-
-@dataclass
-class _Both:
-    """Gives the rows of one pass to the factors and, if there is a basis, to the eigenvalues."""
-
-    factors: FactorSums
-    squares: EigenSums | None
-
-    @property
-    def count(self) -> Count:
-        return self.factors.count
-
-    def update(self, rows: Rows) -> None:
-        self.factors.update(rows)
-        if self.squares is not None:
-            self.squares.update(rows)

@@ -303,7 +303,7 @@ def diagnose(
         ignore: Names or patterns to leave out.
         subsample: How many data, drawn at random, are compared pair by pair. Norms of blocks are
             then estimated without bias, with a standard error; what is linear in G still comes
-            from all data, in two further passes.
+            from all data, in further passes: two, and some for the nearest product.
         exact_step: Whether to compare preconditioned steps with the exact damped Gauss-Newton
             step.
         damping: Of these steps.

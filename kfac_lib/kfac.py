@@ -4,6 +4,7 @@ Derived in the chapter :ref:`kfac`.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Generic, Literal, Protocol, TypeVar
 
 import torch
@@ -43,6 +44,31 @@ class Accumulator(Protocol):
 
     def update(self, rows: Rows) -> None:
         """Add the rows of a batch, or of a further chunk of its vectors."""
+
+
+@dataclass
+class Both:
+    """Gives the rows of one pass to several accumulators (:ref:`diag-subsample`).
+
+    Args:
+        accumulators: They see the same rows.
+
+    Example:
+        >>> Both((FactorSums(Expand()), ExactBlocks("cvec"))).count
+        Count(N=0, denominator=0)
+    """
+
+    accumulators: tuple[Accumulator, ...]
+
+    @property
+    def count(self) -> Count:
+        """The counts of the data so far."""
+        return self.accumulators[0].count
+
+    def update(self, rows: Rows) -> None:
+        """Add the rows of a batch, or of a further chunk of its vectors."""
+        for accumulator in self.accumulators:
+            accumulator.update(rows)
 
 
 class Held:

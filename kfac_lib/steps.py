@@ -97,13 +97,18 @@ class QuadraticModel:
         self, elements: Mapping[str, Element], gradient: Vectors, damping: Damping
     ) -> Vectors:
         """Return the damped inverse of each layer times its gradient."""
+        inverses = {name: layer_inverse(name, K, damping) for name, K in elements.items()}
+        return self.applied(inverses, gradient)
+
+    def applied(self, elements: Mapping[str, Element], gradient: Vectors) -> Vectors:
+        """Return the element of each layer times its gradient."""
         steps: list[Tensor] = []
         given = iter(gradient)
         for name, layer in self.coverage.layers.items():
             assert isinstance(layer, nn.Module)
             parts = [next(given) for _ in range(self._number[name])]
             joint = torch.cat([as_matrix(layer, part) for part in parts], dim=1)
-            step = layer_inverse(name, elements[name], damping) @ joint
+            step = elements[name] @ joint
             widths = [as_matrix(layer, part).shape[1] for part in parts]
             for part, matrix in zip(parts, torch.split(step, widths, dim=1), strict=True):
                 steps.append(from_matrix(layer, matrix, part.shape))
