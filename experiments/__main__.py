@@ -5,20 +5,25 @@ from pathlib import Path
 
 import torch
 
-from experiments import damping
+from experiments import damping, finals, tuning
 from experiments.store import run
 
-EXPERIMENTS = {experiment.name: experiment for experiment in (damping.EXPERIMENT,)}
 BOOK = Path(__file__).parent.parent / "book"
+EXPERIMENTS = {
+    "damping": lambda: damping.EXPERIMENT,
+    "tuning": lambda: tuning.EXPERIMENT,
+    "training": lambda: finals.experiment(BOOK),
+}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m experiments", description=__doc__)
     parser.add_argument("name", choices=EXPERIMENTS)
     parser.add_argument("--most", type=int, help="stop after so many new cells")
+    parser.add_argument("--jobs", type=int, default=1, help="processes, each with one thread")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    run(EXPERIMENTS[arguments.name], BOOK, arguments.most)
+    run(EXPERIMENTS[arguments.name](), BOOK, arguments.most, arguments.jobs)
 
 
 if __name__ == "__main__":

@@ -3,12 +3,16 @@
 import json
 import os
 import platform
-import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from importlib.metadata import version
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
+
+import torch
+from tqdm import tqdm
 
 import kfac_lib
 
@@ -59,6 +63,8 @@ def versions() -> dict[str, str]:
     return {
         "python": platform.python_version(),
         "torch": version("torch"),
+        "scikit-learn": version("scikit-learn"),
+        "pytorch_optimizer": version("pytorch_optimizer"),
         "kfac_lib": kfac_lib.__version__,
     }
 
@@ -118,15 +124,31 @@ class Store:
         os.replace(unfinished, self.path)
 
 
-def run(experiment: Experiment, folder: Path, most: int | None = None) -> Store:
-    """Compute the cells that the file lacks, at most so many, and show how far it is."""
+def run(experiment: Experiment, folder: Path, most: int | None = None, jobs: int = 1) -> Store:
+    """Compute the cells that the file lacks, at most so many, and show how far it is.
+
+    With several jobs cells are computed in processes of their own, each with one thread.
+    """
     store = Store(folder / f"{experiment.name}.json", experiment.settings)
     cells = list(experiment.cells())
     missing = [cell for cell in cells if cell.key not in store][:most]
-    for number, cell in enumerate(missing, start=1):
-        store.put(cell.key, cell.compute())
-        print(f"\r{experiment.name}: {number} of {len(missing)}", end="", file=sys.stderr)
-    if missing:
-        print(file=sys.stderr)
+    with tqdm(total=len(missing), desc=experiment.name, disable=not missing) as bar:
+        for key, value in computed(missing, jobs):
+            store.put(key, value)
+            bar.update()
     store.keep(cell.key for cell in cells)
     return store
+
+
+def computed(cells: list[Cell], jobs: int) -> Iterator[tuple[str, Any]]:
+    """Keys and values, as they are ready."""
+    if jobs == 1:
+        yield from ((cell.key, cell.compute()) for cell in cells)
+        return
+    pool = ProcessPoolExecutor(jobs, get_context("spawn"), torch.set_num_threads, (1,))
+    try:
+        keys = {pool.submit(cell.compute): cell.key for cell in cells}
+        for future in as_completed(keys):
+            yield keys[future], future.result()
+    finally:
+        pool.shutdown(cancel_futures=True)

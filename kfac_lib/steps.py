@@ -127,7 +127,11 @@ class QuadraticModel:
 
 
 def conjugate_gradients(
-    product: Callable[[Vectors], Vectors], b: Vectors, tolerance: float = 1e-6, most: int = 1000
+    product: Callable[[Vectors], Vectors],
+    b: Vectors,
+    tolerance: float = 1e-6,
+    most: int = 1000,
+    truncate: bool = False,
 ) -> Vectors:
     """Solve M x = b for a symmetric positive definite M, given its products (:ref:`diag-step`).
 
@@ -136,12 +140,14 @@ def conjugate_gradients(
         b: Right-hand side, a tuple of tensors.
         tolerance: Stop once ‖b − M x‖ is this small beside ‖b‖.
         most: Most products.
+        truncate: Whether to stop there with what is found, which is a descent direction too,
+            rather than to raise.
 
     Returns:
         The solution, in the shapes of b.
 
     Raises:
-        ValueError: If the tolerance is not reached.
+        ValueError: If the tolerance is not reached, unless truncated.
 
     Example:
         >>> (x,) = conjugate_gradients(lambda v: (2 * v[0],), (torch.ones(3),))
@@ -160,7 +166,7 @@ def conjugate_gradients(
         r = added(r, Mp, -alpha)
         rr, before = dot(r, r), rr
         p = added(r, p, rr / before)
-    if rr <= limit:
+    if truncate or rr <= limit:
         return x
     raise ValueError(
         f"Conjugate gradients did not reach {tolerance:g} within {most} products; they are at "

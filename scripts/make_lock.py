@@ -15,7 +15,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 PEERS = {
     "backpack-for-pytorch", "curvlinops-for-pytorch", "einconv", "linear_operator", "nngeometry",
-    "opt_einsum", "tqdm", "unfoldnd",
+    "opt_einsum", "unfoldnd",
 }  # fmt: skip
 # torchvision is asked for by the peers and never used; its builds must match those of torch
 UNUSED = {"torchvision"}

@@ -1,0 +1,96 @@
+"""The best settings of the random search run from other seeds, and what they cost in memory."""
+
+import math
+from collections.abc import Iterator
+from functools import partial
+from itertools import product
+from pathlib import Path
+
+import torch
+from torch.profiler import profile
+
+from experiments.methods import METHODS
+from experiments.race import race
+from experiments.store import Cell, Experiment, Store
+from experiments.tasks import TASKS
+from experiments.training import minibatches
+from experiments.tuning import AXES, EXPERIMENT, STEPS, best_trials
+
+SEEDS = (1, 2, 3, 4, 5)
+WEIGHED_STEPS = 3
+
+
+def final_key(task: str, method: str, trial: int, seed: int) -> str:
+    return f"final/{task}/{method}/{trial}/{seed}"
+
+
+def memory_key(task: str, method: str) -> str:
+    return f"memory/{task}/{method}"
+
+
+def final(
+    task: str, method: str, trial: int, seed: int, axes: tuple[str, ...]
+) -> dict[str, list[float]]:
+    """A run as far as the horizons ask for; time ends it at the latest."""
+    of, setting = TASKS[task], METHODS[method].drawn(TASKS[task], trial)
+    per_pass = len(of.data()[0].X) / setting["batch"]
+    needed = {"steps": STEPS, "passes": math.ceil(of.passes * per_pass), "seconds": math.inf}
+    steps = max(needed[axis] for axis in axes)
+    return race(of, method, setting, seed, seconds=of.seconds, steps=steps)
+
+
+def weighed(task: str, method: str, trial: int) -> dict[str, int]:
+    """Bytes that torch holds for a net and its training.
+
+    Returns:
+        ``parameters``; ``kept`` after three steps, beyond the parameters and their gradients;
+        and ``peak``, the most at any moment, beyond the parameters alone.
+    """
+    of, setting = TASKS[task], METHODS[method].drawn(TASKS[task], trial)
+    net = of.net(0)
+    on, _ = of.data()
+    source = minibatches(on, int(setting["batch"]), 0)
+    batches = [next(source) for _ in range(WEIGHED_STEPS)]
+    with profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiled:
+        step = METHODS[method].step(of, net, setting, 0)
+        for batch in batches:
+            step(batch)
+    assert profiled.profiler is not None
+    assert profiled.profiler.kineto_results is not None
+    events = [e for e in profiled.profiler.kineto_results.events() if e.name() == "[memory]"]
+    held = most = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        held += event.nbytes()
+        most = max(most, held)
+    parameters = sum(p.nbytes for p in net.parameters())
+    gradients = sum(0 if p.grad is None else p.grad.nbytes for p in net.parameters())
+    return {"parameters": parameters, "kept": held - gradients, "peak": most}
+
+
+def experiment(folder: Path) -> Experiment:
+    """The experiment that follows from a finished random search.
+
+    Raises:
+        ValueError: If the search is not finished.
+    """
+    tuning = Store(folder / "tuning.json", EXPERIMENT.settings)
+    lacking = sum(cell.key not in tuning for cell in EXPERIMENT.cells())
+    if lacking:
+        raise ValueError(
+            f"tuning.json lacks {lacking} trials. Run python -m experiments tuning first."
+        )
+    best = best_trials(tuning)
+
+    def cells() -> Iterator[Cell]:
+        for seed, task, method in product(SEEDS, TASKS, METHODS):
+            chosen = best[task][method]
+            for trial in dict.fromkeys(chosen.values()):
+                axes = tuple(axis for axis in AXES if chosen[axis] == trial)
+                where = (task, method, trial, seed)
+                yield Cell(final_key(*where), partial(final, *where, axes))
+        for task, method in product(TASKS, METHODS):
+            trial = best[task][method]["seconds"]
+            yield Cell(memory_key(task, method), partial(weighed, task, method, trial))
+
+    settings = {"seeds": list(SEEDS), "best": best}
+    return Experiment("training", settings, cells)
