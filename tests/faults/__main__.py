@@ -22,11 +22,12 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from tests.faults.book_faults import NOTEBOOK_FAULTS, SITE_FAULTS
+from tests.faults.experiment_faults import EXPERIMENT_FAULTS
 from tests.faults.fault import Fault, StaleFaultError
 from tests.faults.library_faults import LIBRARY_FAULTS
 
 ROOT = Path(__file__).resolve().parents[2]
-SOURCES = ["kfac_lib", "tests", "book", "pyproject.toml", "_toc.yml", "_config.yml"]
+SOURCES = ["kfac_lib", "experiments", "tests", "book", "pyproject.toml", "_toc.yml", "_config.yml"]
 BUILT = ["_build/html", ".web_assets/axe-core"]
 NOTHING = Fault("no fault", lambda root: None, ())
 
@@ -83,11 +84,16 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("words", nargs="*", help="run faults whose name holds one of these words")
-    for kind in ("library", "notebooks", "site"):
+    for kind in ("library", "experiments", "notebooks", "site"):
         parser.add_argument(f"--{kind}", action="store_true", help=f"faults of the {kind} only")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
     chosen = parser.parse_args()
-    kinds = {"library": LIBRARY_FAULTS, "notebooks": NOTEBOOK_FAULTS, "site": SITE_FAULTS}
+    kinds = {
+        "library": LIBRARY_FAULTS,
+        "experiments": EXPERIMENT_FAULTS,
+        "notebooks": NOTEBOOK_FAULTS,
+        "site": SITE_FAULTS,
+    }
     selected = [kind for kind in kinds if getattr(chosen, kind)] or list(kinds)
     faults = [
         fault for kind in selected for fault in kinds[kind]

@@ -392,5 +392,9 @@ LIBRARY_FAULTS = [
            "diagnostics"),
     _fault("a sample is taken for all", "diagnostics", "if m < found.N:", "if False:",
            "diagnostics"),
+    _fault("conjugate gradients are never cut short", "steps", "if truncate or rr <= limit:",
+           "if rr <= limit:", "steps"),
+    _fault("conjugate gradients forget their direction", "steps", "p = added(r, p, rr / before)",
+           "p = r", "steps"),
     _fault("targets keep their graph", "stream", "y = y.detach()", "y = y", "stream"),
 ]  # fmt: skip
