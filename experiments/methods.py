@@ -103,6 +103,7 @@ def shampoo(task: Task, net: nn.Module, setting: Setting, seed: int) -> Step:
         betas=(setting["beta1"], setting["beta2"]),
         start_preconditioning_step=1,
         preconditioning_compute_steps=int(setting["period"]),
+        shape_interpretation=False,  # else weights of up to 512 entries have no preconditioner
     )
     return plain(net, task.loss_func, optimizer)
 
