@@ -1,6 +1,8 @@
 """``python -m experiments NAME``: compute what ``book/NAME.json`` lacks."""
 
 import argparse
+import signal
+import sys
 from pathlib import Path
 
 import torch
@@ -23,6 +25,7 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=1, help="processes, each with one thread")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # which ends the other processes too
     run(EXPERIMENTS[arguments.name](), BOOK, arguments.most, arguments.jobs)
 
 

@@ -7,10 +7,12 @@ from itertools import pairwise, product
 
 import pytest
 import torch
+from pytorch_optimizer import ScalableShampoo
 
-from experiments import finals, race, tuning
+from experiments import finals, methods, race, tuning
 from experiments.finals import WEIGHED_STEPS, final_key, memory_key, weighed
 from experiments.methods import METHODS, TRIALS, Decay, LogUniform, OneOf
+from experiments.problems import Data
 from experiments.store import Cell, Experiment, rounded, run
 from experiments.tasks import LENGTH, TASKS, CharacterTransformer, text, windows
 from experiments.tuning import AXES, best_trials, loss_at, positions, trial_key
@@ -183,6 +185,32 @@ def test_every_method_learns(method):
         setting["lr"] = 0.1
     found = race.race(REGRESSION, method, setting, 0, steps=60)
     assert found["train"][-1] < 0.5 * found["train"][0]
+
+
+@pytest.mark.parametrize("task", TASKS.values(), ids=str)
+def test_shampoo_preconditions_every_matrix_which_by_default_it_does_not(task, monkeypatch):
+    made = []
+
+    class Kept(ScalableShampoo):
+        def __init__(self, *arguments, **options):
+            super().__init__(*arguments, **options)
+            made.append(self)
+
+    monkeypatch.setattr(methods, "ScalableShampoo", Kept)
+    net = task.net(0)
+    X, y = (part[:8] for part in task.data()[0])
+    step = METHODS["Shampoo"].step(task, net, METHODS["Shampoo"].drawn(task, 0), 0)
+    by_default = Kept(net.parameters())
+    step(Data(X, y))
+    by_default.step()
+
+    def with_statistics(optimizer):
+        states = ((p, optimizer.state[p]["pre_conditioner"]) for p in net.parameters())
+        return {id(p) for p, state in states if len(state.statistics)}
+
+    matrices = [p for p in net.parameters() if p.ndim == 2]
+    assert with_statistics(made[0]) == {id(p) for p in matrices}
+    assert with_statistics(by_default) == {id(p) for p in matrices if p.numel() > 512}
 
 
 # Runs.
