@@ -9,8 +9,8 @@ from pathlib import Path
 import torch
 from torch.profiler import profile
 
-from experiments.methods import METHODS
-from experiments.race import race
+from experiments.methods import METHODS, TRIALS
+from experiments.race import EVERY_STEP, race
 from experiments.store import Cell, Experiment, Store
 from experiments.tasks import TASKS
 from experiments.training import minibatches
@@ -18,10 +18,15 @@ from experiments.tuning import AXES, EXPERIMENT, STEPS, best_trials
 
 SEEDS = (1, 2, 3, 4, 5)
 WEIGHED_STEPS = 3
+FIRST_DIGITS = 10
 
 
 def final_key(task: str, method: str, trial: int, seed: int) -> str:
     return f"final/{task}/{method}/{trial}/{seed}"
+
+
+def first_key(task: str, method: str) -> str:
+    return f"first/{task}/{method}"
 
 
 def memory_key(task: str, method: str) -> str:
@@ -37,6 +42,13 @@ def final(
     needed = {"steps": STEPS, "passes": math.ceil(of.passes * per_pass), "seconds": math.inf}
     steps = max(needed[axis] for axis in axes)
     return race(of, method, setting, seed, seconds=of.seconds, steps=steps)
+
+
+def first(task: str, method: str, trial: int) -> dict[str, list[float]]:
+    """Losses of the first steps from the first seed, which can be computed again in no time."""
+    setting = METHODS[method].drawn(TASKS[task], trial)
+    found = race(TASKS[task], method, setting, SEEDS[0], steps=EVERY_STEP)
+    return {column: found[column] for column in ("train", "held_out")}
 
 
 def weighed(task: str, method: str, trial: int) -> dict[str, int]:
@@ -67,6 +79,13 @@ def weighed(task: str, method: str, trial: int) -> dict[str, int]:
     return {"parameters": parameters, "kept": held - gradients, "peak": most}
 
 
+def with_middle_batch(task: str) -> int:
+    """The first trial with the middle batch size, which is the same for all methods."""
+    of, any_method = TASKS[task], METHODS["SGD"]
+    middle = sorted(of.batches)[len(of.batches) // 2]
+    return next(t for t in range(TRIALS) if any_method.drawn(of, t)["batch"] == middle)
+
+
 def experiment(folder: Path) -> Experiment:
     """The experiment that follows from a finished random search.
 
@@ -89,8 +108,10 @@ def experiment(folder: Path) -> Experiment:
                 where = (task, method, trial, seed)
                 yield Cell(final_key(*where), partial(final, *where, axes))
         for task, method in product(TASKS, METHODS):
-            trial = best[task][method]["seconds"]
-            yield Cell(memory_key(task, method), partial(weighed, task, method, trial))
+            fastest, same = best[task][method]["seconds"], with_middle_batch(task)
+            again = partial(first, task, method, fastest)
+            yield Cell(first_key(task, method), again, FIRST_DIGITS)
+            yield Cell(memory_key(task, method), partial(weighed, task, method, same))
 
     settings = {"seeds": list(SEEDS), "best": best}
     return Experiment("training", settings, cells)

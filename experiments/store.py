@@ -26,10 +26,12 @@ class Cell:
     Args:
         key: Its name in the file, unique, with all that it depends on.
         compute: Computes it; what it returns is rounded and stored.
+        digits: To so many significant digits.
     """
 
     key: str
     compute: Callable[[], Any]
+    digits: int = DIGITS
 
 
 @dataclass(frozen=True)
@@ -48,14 +50,14 @@ class Experiment:
     cells: Callable[[], Iterable[Cell]]
 
 
-def rounded(value: Any) -> Any:
-    """The value with floats to 6 significant digits; NaN and infinity become None."""
+def rounded(value: Any, digits: int = DIGITS) -> Any:
+    """The value with floats to so many significant digits; NaN and infinity become None."""
     if isinstance(value, Mapping):
-        return {key: rounded(part) for key, part in value.items()}
+        return {key: rounded(part, digits) for key, part in value.items()}
     if isinstance(value, list | tuple):
-        return [rounded(part) for part in value]
+        return [rounded(part, digits) for part in value]
     if isinstance(value, float):
-        return float(f"{value:.{DIGITS}g}") if abs(value) < float("inf") else None
+        return float(f"{value:.{digits}g}") if abs(value) < float("inf") else None
     return value
 
 
@@ -105,9 +107,9 @@ class Store:
     def __len__(self) -> int:
         return len(self._lines)
 
-    def put(self, key: str, value: Any) -> None:
+    def put(self, key: str, value: Any, digits: int = DIGITS) -> None:
         """Round and keep one cell, and write the file."""
-        self._lines[key] = json.dumps(rounded(value))
+        self._lines[key] = json.dumps(rounded(value, digits))
         self.write()
 
     def keep(self, keys: Iterable[str]) -> None:
@@ -133,22 +135,22 @@ def run(experiment: Experiment, folder: Path, most: int | None = None, jobs: int
     cells = list(experiment.cells())
     missing = [cell for cell in cells if cell.key not in store][:most]
     with tqdm(total=len(missing), desc=experiment.name, disable=not missing) as bar:
-        for key, value in computed(missing, jobs):
-            store.put(key, value)
+        for cell, value in computed(missing, jobs):
+            store.put(cell.key, value, cell.digits)
             bar.update()
     store.keep(cell.key for cell in cells)
     return store
 
 
-def computed(cells: list[Cell], jobs: int) -> Iterator[tuple[str, Any]]:
-    """Keys and values, as they are ready."""
+def computed(cells: list[Cell], jobs: int) -> Iterator[tuple[Cell, Any]]:
+    """Cells and values, as they are ready."""
     if jobs == 1:
-        yield from ((cell.key, cell.compute()) for cell in cells)
+        yield from ((cell, cell.compute()) for cell in cells)
         return
     pool = ProcessPoolExecutor(jobs, get_context("spawn"), torch.set_num_threads, (1,))
     try:
-        keys = {pool.submit(cell.compute): cell.key for cell in cells}
-        for future in as_completed(keys):
-            yield keys[future], future.result()
+        submitted = {pool.submit(cell.compute): cell for cell in cells}
+        for future in as_completed(submitted):
+            yield submitted[future], future.result()
     finally:
         pool.shutdown(cancel_futures=True)

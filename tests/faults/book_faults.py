@@ -295,6 +295,20 @@ MISTAKES = [
     in_code("14_functional", "/ (x.shape[0] * x.shape[1])", "/ x.shape[0]"),
     in_code("14_functional", "gs[use.weight].append(g.reshape",
             "gs[use.weight].insert(0, g.reshape"),
+    in_code("15_diagnostics", "return R**2 * (XX * T).sum()", "return R * (XX * T).sum()"),
+    in_code("15_diagnostics", "corrected = R * beta.T @ (x @ Q_A).square()",
+            "corrected = beta.T @ (x @ Q_A).square()"),
+    in_code("15_diagnostics", 'torch.einsum("nm,vno,wmo->nvmw", x @ x.T, g, g)',
+            'torch.einsum("nm,vno,wmo->nvmw", (x @ x.T) ** 2, g, g)'),
+    in_code("16_damping_sensitivity", "return 2 / float(torch.linalg.eigvalsh(both)[-1])",
+            "return 2 / float(torch.linalg.eigvalsh(both)[0])"),
+    in_code("16_damping_sensitivity", "factor = 1 - rate * lam / divided_by(form, delta)",
+            "factor = 1 - rate * lam / (lam + delta)"),
+    in_code("16_damping_sensitivity", "return 2 / largest", "return 1 / largest"),
+    in_code("17_training", "scale = min(1.0, (setting", "scale = max(1.0, (setting"),
+    in_code("17_training", "math.comb(n - i, k) / math.comb(n, k) >= 0.5",
+            "math.comb(n - i, k) / math.comb(n, k) >= 0.4"),
+    in_code("17_training", "return round(1 - x, 6) if name in DECAYS else x", "return x"),
 ]  # fmt: skip
 
 NOTEBOOK_FAULTS = [

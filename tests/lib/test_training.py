@@ -10,7 +10,7 @@ import torch
 from pytorch_optimizer import ScalableShampoo
 
 from experiments import finals, methods, race, tuning
-from experiments.finals import WEIGHED_STEPS, final_key, memory_key, weighed
+from experiments.finals import WEIGHED_STEPS, final_key, first_key, memory_key, weighed
 from experiments.methods import METHODS, TRIALS, Decay, LogUniform, OneOf
 from experiments.problems import Data
 from experiments.store import Cell, Experiment, rounded, run
@@ -378,7 +378,7 @@ def test_the_settings_in_the_file_are_drawn_anew(stored):
 def test_no_run_took_longer_than_its_time(stored):
     for name in stored:
         for key, record in stored[name]["cells"].items():
-            if key.startswith("memory"):
+            if key.startswith(("memory", "first")):
                 continue
             task = TASKS[key.split("/")[1]]
             assert len(record["steps"]) == len(record["train"]) == len(record["seconds"])
@@ -387,22 +387,31 @@ def test_no_run_took_longer_than_its_time(stored):
 
 @pytest.mark.parametrize(("task", "method"), PAIRS)
 def test_the_first_20_steps_are_those_in_the_file(task, method, stored):
-    """Of one seed, in float64 on one thread: losses, held-out losses, and wrong answers."""
+    """Of one seed, in float64 on one thread; the file keeps ten digits of them."""
     trial = stored["training"]["settings"]["best"][task][method]["seconds"]
-    kept = stored["training"]["cells"][final_key(task, method, trial, finals.SEEDS[0])]
-    setting = METHODS[method].drawn(TASKS[task], trial)
-    steps = 5 if (task, method) == ("transformer", "GGN") else 20
-    again = race.race(TASKS[task], method, setting, finals.SEEDS[0], steps=steps)
-    assert again["steps"] == kept["steps"][: steps + 1]
+    kept = stored["training"]["cells"][first_key(task, method)]
+    again = finals.first(task, method, trial)
     for column in ("train", "held_out"):
-        assert again[column] == pytest.approx(kept[column][: steps + 1], rel=1e-6)
-    if "wrong" in again:
-        assert again["wrong"] == pytest.approx(kept["wrong"][: steps + 1], rel=1e-5)
+        assert len(kept[column]) == 21
+        assert again[column] == pytest.approx(kept[column], rel=1e-6)
+
+
+@pytest.mark.parametrize(("task", "method"), PAIRS)
+def test_the_runs_in_the_file_begin_with_these_steps(task, method, stored):
+    cells = stored["training"]["cells"]
+    trial = stored["training"]["settings"]["best"][task][method]["seconds"]
+    run, start = (
+        cells[final_key(task, method, trial, finals.SEEDS[0])],
+        cells[first_key(task, method)],
+    )
+    for column in ("train", "held_out"):
+        assert run[column][:21] == pytest.approx(start[column], rel=1e-5)
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_memory_in_the_file_is_weighed_anew(method, stored):
-    trial = stored["training"]["settings"]["best"]["classifier"][method]["seconds"]
+    trial = finals.with_middle_batch("classifier")
+    assert METHODS[method].drawn(TASKS["classifier"], trial)["batch"] == 128
     kept = stored["training"]["cells"][memory_key("classifier", method)]
     again = weighed("classifier", method, trial)
     assert again["parameters"] == kept["parameters"]
