@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch.profiler import profile
 
-from experiments.methods import METHODS, TRIALS
+from experiments.methods import METHODS, PERIODS, TRIALS
 from experiments.race import EVERY_STEP, race
 from experiments.store import Cell, Experiment, Store
 from experiments.tasks import TASKS
@@ -29,6 +29,10 @@ def first_key(task: str, method: str) -> str:
     return f"first/{task}/{method}"
 
 
+def period_key(task: str, period: int, seed: int) -> str:
+    return f"period/{task}/{period}/{seed}"
+
+
 def memory_key(task: str, method: str) -> str:
     return f"memory/{task}/{method}"
 
@@ -42,6 +46,12 @@ def final(
     needed = {"steps": STEPS, "passes": math.ceil(of.passes * per_pass), "seconds": math.inf}
     steps = max(needed[axis] for axis in axes)
     return race(of, method, setting, seed, seconds=of.seconds, steps=steps)
+
+
+def with_period(task: str, trial: int, period: int, seed: int) -> dict[str, list[float]]:
+    """KFAC with one option changed: how often factors and inverses are made anew."""
+    setting = {**METHODS["KFAC"].drawn(TASKS[task], trial), "period": period}
+    return race(TASKS[task], "KFAC", setting, seed, seconds=TASKS[task].seconds)
 
 
 def first(task: str, method: str, trial: int) -> dict[str, list[float]]:
@@ -113,5 +123,10 @@ def experiment(folder: Path) -> Experiment:
             yield Cell(first_key(task, method), again, FIRST_DIGITS)
             yield Cell(memory_key(task, method), partial(weighed, task, method, same))
 
-    settings = {"seeds": list(SEEDS), "best": best}
+        for seed, task, period in product(SEEDS, TASKS, PERIODS.values):
+            trial = best[task]["KFAC"]["steps"]
+            again = partial(with_period, task, trial, int(period), seed)
+            yield Cell(period_key(task, int(period), seed), again)
+
+    settings = {"seeds": list(SEEDS), "periods": list(PERIODS.values), "best": best}
     return Experiment("training", settings, cells)
