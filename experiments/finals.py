@@ -14,7 +14,7 @@ from experiments.race import EVERY_STEP, race
 from experiments.store import Cell, Experiment, Store
 from experiments.tasks import TASKS
 from experiments.training import minibatches
-from experiments.tuning import AXES, EXPERIMENT, STEPS, best_trials
+from experiments.tuning import AXES, EXPERIMENT, STEPS, best_trials, trial_key
 
 SEEDS = (1, 2, 3, 4, 5)
 WEIGHED_STEPS = 3
@@ -46,6 +46,16 @@ def final(
     needed = {"steps": STEPS, "passes": math.ceil(of.passes * per_pass), "seconds": math.inf}
     steps = max(needed[axis] for axis in axes)
     return race(of, method, setting, seed, seconds=of.seconds, steps=steps)
+
+
+def steps_key(task: str, method: str, seed: int) -> str:
+    return f"steps/{task}/{method}/{seed}"
+
+
+def all_steps(task: str, method: str, trial: int, seed: int) -> dict[str, list[float]]:
+    """A run to the horizon in steps, whatever the time."""
+    setting = METHODS[method].drawn(TASKS[task], trial)
+    return race(TASKS[task], method, setting, seed, steps=STEPS)
 
 
 def with_period(task: str, trial: int, period: int, seed: int) -> dict[str, list[float]]:
@@ -123,6 +133,11 @@ def experiment(folder: Path) -> Experiment:
             yield Cell(first_key(task, method), again, FIRST_DIGITS)
             yield Cell(memory_key(task, method), partial(weighed, task, method, same))
 
+        for seed, task, method in product(SEEDS, TASKS, METHODS):
+            trial = best[task][method]["steps"]
+            if tuning[trial_key(task, method, trial)]["steps"][-1] < STEPS:
+                again = partial(all_steps, task, method, trial, seed)
+                yield Cell(steps_key(task, method, seed), again)
         for seed, task, period in product(SEEDS, TASKS, PERIODS.values):
             trial = best[task]["KFAC"]["steps"]
             again = partial(with_period, task, trial, int(period), seed)
