@@ -4,6 +4,7 @@ import json
 import math
 from functools import partial
 from itertools import pairwise, product
+from operator import attrgetter
 
 import pytest
 import torch
@@ -55,7 +56,7 @@ def test_the_transformer_sees_no_future():
     assert not torch.equal(before[:, :, 20:], after[:, :, 20:])
 
 
-@pytest.mark.parametrize("task", TASKS.values(), ids=str)
+@pytest.mark.parametrize("task", TASKS.values(), ids=attrgetter("name"))
 def test_every_parameter_of_every_net_is_covered(task):
     net = task.net(0)
     coverage = cover(net)
@@ -67,7 +68,7 @@ def test_every_parameter_of_every_net_is_covered(task):
     }
 
 
-@pytest.mark.parametrize("task", TASKS.values(), ids=str)
+@pytest.mark.parametrize("task", TASKS.values(), ids=attrgetter("name"))
 def test_no_datum_is_both_trained_on_and_held_out(task):
     on, off = task.data()
     same = (on.X.flatten(1)[:, None] == off.X.flatten(1)[None]).all(-1)
@@ -88,7 +89,7 @@ def test_targets_are_the_next_characters():
 # The methods.
 
 
-@pytest.mark.parametrize("method", METHODS.values(), ids=str)
+@pytest.mark.parametrize("method", METHODS.values(), ids=attrgetter("name"))
 def test_settings_lie_in_their_ranges_and_fill_them(method):
     for name, values in {**method.space, "batch": OneOf(REGRESSION.batches)}.items():
         drawn = [method.drawn(REGRESSION, trial)[name] for trial in range(300)]
@@ -187,7 +188,7 @@ def test_every_method_learns(method):
     assert found["train"][-1] < 0.5 * found["train"][0]
 
 
-@pytest.mark.parametrize("task", TASKS.values(), ids=str)
+@pytest.mark.parametrize("task", TASKS.values(), ids=attrgetter("name"))
 def test_shampoo_preconditions_every_matrix_which_by_default_it_does_not(task, monkeypatch):
     made = []
 
