@@ -17,6 +17,15 @@ def float64():
 
 
 @pytest.fixture
+def one_thread():
+    """What was computed on one thread is computed again on one."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
 def calls(monkeypatch):
     """How many vectors each call of autograd.grad was given."""
     counted, original = [], torch.autograd.grad

@@ -31,14 +31,6 @@ def stored(root):
     return json.loads((root / "book" / "damping.json").read_text())
 
 
-@pytest.fixture
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def test_what_was_computed_is_not_computed_again(tmp_path):
     calls = Counter()
     run(counting(calls), tmp_path, most=2)

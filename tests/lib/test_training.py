@@ -21,6 +21,7 @@ from kfac_lib import KFAC
 from kfac_lib.coverage import cover
 from kfac_lib.curvature import ggn
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 PAIRS = list(product(TASKS, METHODS))
 REGRESSION = TASKS["regression"]
 
@@ -29,14 +30,6 @@ REGRESSION = TASKS["regression"]
 def stored(root):
     names = ("tuning", "training")
     return {name: json.loads((root / "book" / f"{name}.json").read_text()) for name in names}
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def flat(tensors):
