@@ -10,7 +10,7 @@ import torch
 from torch.profiler import profile
 
 from experiments.methods import METHODS, PERIODS, TRIALS
-from experiments.race import EVERY_STEP, race
+from experiments.race import EVERY_STEP, run_of
 from experiments.store import Cell, Experiment, Store
 from experiments.tasks import TASKS
 from experiments.training import minibatches
@@ -37,37 +37,24 @@ def memory_key(task: str, method: str) -> str:
     return f"memory/{task}/{method}"
 
 
-def final(
-    task: str, method: str, trial: int, seed: int, axes: tuple[str, ...]
-) -> dict[str, list[float]]:
-    """A run as far as the horizons ask for; time ends it at the latest."""
-    of, setting = TASKS[task], METHODS[method].drawn(TASKS[task], trial)
-    per_pass = len(of.data()[0].X) / setting["batch"]
-    needed = {"steps": STEPS, "passes": math.ceil(of.passes * per_pass), "seconds": math.inf}
-    steps = max(needed[axis] for axis in axes)
-    return race(of, method, setting, seed, seconds=of.seconds, steps=steps)
-
-
 def steps_key(task: str, method: str, seed: int) -> str:
     return f"steps/{task}/{method}/{seed}"
 
 
-def all_steps(task: str, method: str, trial: int, seed: int) -> dict[str, list[float]]:
-    """A run to the horizon in steps, whatever the time."""
-    setting = METHODS[method].drawn(TASKS[task], trial)
-    return race(TASKS[task], method, setting, seed, steps=STEPS)
-
-
-def with_period(task: str, trial: int, period: int, seed: int) -> dict[str, list[float]]:
-    """KFAC with one option changed: how often factors and inverses are made anew."""
-    setting = {**METHODS["KFAC"].drawn(TASKS[task], trial), "period": period}
-    return race(TASKS[task], "KFAC", setting, seed, seconds=TASKS[task].seconds)
+def final(
+    task: str, method: str, trial: int, seed: int, axes: tuple[str, ...]
+) -> dict[str, list[float]]:
+    """A run as far as the horizons ask for; time ends it at the latest."""
+    of = TASKS[task]
+    per_pass = len(of.data()[0].X) / METHODS[method].drawn(of, trial)["batch"]
+    needed = {"steps": STEPS, "passes": math.ceil(of.passes * per_pass), "seconds": math.inf}
+    steps = max(needed[axis] for axis in axes)
+    return run_of(task, method, trial, seed, seconds=of.seconds, steps=steps)
 
 
 def first(task: str, method: str, trial: int) -> dict[str, list[float]]:
     """Losses of the first steps from the first seed, which can be computed again in no time."""
-    setting = METHODS[method].drawn(TASKS[task], trial)
-    found = race(TASKS[task], method, setting, SEEDS[0], steps=EVERY_STEP)
+    found = run_of(task, method, trial, SEEDS[0], steps=EVERY_STEP)
     return {column: found[column] for column in ("train", "held_out")}
 
 
@@ -132,16 +119,17 @@ def experiment(folder: Path) -> Experiment:
             again = partial(first, task, method, fastest)
             yield Cell(first_key(task, method), again, FIRST_DIGITS)
             yield Cell(memory_key(task, method), partial(weighed, task, method, same))
-
         for seed, task, method in product(SEEDS, TASKS, METHODS):
             trial = best[task][method]["steps"]
             if tuning[trial_key(task, method, trial)]["steps"][-1] < STEPS:
-                again = partial(all_steps, task, method, trial, seed)
+                # Too slow for the task's time: the horizon in steps, whatever the time.
+                again = partial(run_of, task, method, trial, seed, steps=STEPS)
                 yield Cell(steps_key(task, method, seed), again)
         for seed, task, period in product(SEEDS, TASKS, PERIODS.values):
             trial = best[task]["KFAC"]["steps"]
-            again = partial(with_period, task, trial, int(period), seed)
-            yield Cell(period_key(task, int(period), seed), again)
+            where, k = (task, "KFAC", trial, seed), int(period)
+            again = partial(run_of, *where, period=k, seconds=TASKS[task].seconds)
+            yield Cell(period_key(task, k, seed), again)
 
     settings = {"seeds": list(SEEDS), "periods": list(PERIODS.values), "best": best}
     return Experiment("training", settings, cells)

@@ -91,16 +91,20 @@ def with_momentum(net: nn.Module, setting: Setting) -> torch.optim.SGD:
     return torch.optim.SGD(net.parameters(), lr=setting["lr"], momentum=setting["momentum"])
 
 
+def betas(setting: Setting) -> tuple[float, float]:
+    return setting["beta1"], setting["beta2"]
+
+
 def adam(task: Task, net: nn.Module, setting: Setting, seed: int) -> Step:
-    betas = setting["beta1"], setting["beta2"]
-    return plain(net, task.loss_func, torch.optim.Adam(net.parameters(), setting["lr"], betas))
+    optimizer = torch.optim.Adam(net.parameters(), setting["lr"], betas(setting))
+    return plain(net, task.loss_func, optimizer)
 
 
 def shampoo(task: Task, net: nn.Module, setting: Setting, seed: int) -> Step:
     optimizer = ScalableShampoo(
         net.parameters(),
         lr=setting["lr"],
-        betas=(setting["beta1"], setting["beta2"]),
+        betas=betas(setting),
         start_preconditioning_step=1,
         preconditioning_compute_steps=int(setting["period"]),
         shape_interpretation=False,  # else weights of up to 512 entries have no preconditioner
@@ -112,7 +116,7 @@ def soap(task: Task, net: nn.Module, setting: Setting, seed: int) -> Step:
     optimizer = SOAP(
         net.parameters(),
         lr=setting["lr"],
-        betas=(setting["beta1"], setting["beta2"]),
+        betas=betas(setting),
         weight_decay=0.0,
         precondition_frequency=int(setting["period"]),
     )

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from experiments.methods import METHODS, Setting
 from experiments.problems import Data
-from experiments.tasks import Task
+from experiments.tasks import TASKS, Task
 from experiments.training import GIVEN_UP, minibatches
 
 EVERY_STEP, GROWTH = 20, 10**0.1
@@ -18,9 +18,18 @@ EVERY_STEP, GROWTH = 20, 10**0.1
 
 
 def moments() -> list[int]:
-    """Steps after which losses are recorded, up to a million."""
+    """Steps after which losses are recorded, up to twenty million."""
     grown = (round(EVERY_STEP * GROWTH**k) for k in count(1))
     return [*range(EVERY_STEP + 1), *islice(grown, 60)]
+
+
+def run_of(
+    task: str, method: str, trial: int, seed: int, *, period: int | None = None, **limits: float
+) -> dict[str, Any]:
+    """A race with the setting of a trial, its period changed if one is given."""
+    setting = METHODS[method].drawn(TASKS[task], trial)
+    changed = setting if period is None else {**setting, "period": period}
+    return race(TASKS[task], method, changed, seed, **limits)
 
 
 @torch.no_grad()

@@ -6,7 +6,7 @@ from itertools import product
 from typing import Any
 
 from experiments.methods import METHODS, TRIALS, Setting
-from experiments.race import race
+from experiments.race import run_of
 from experiments.store import Cell, Experiment
 from experiments.tasks import TASKS, Task
 from experiments.training import GIVEN_UP
@@ -21,9 +21,9 @@ def trial_key(task: str, method: str, trial: int) -> str:
 
 
 def tried(task: str, method: str, trial: int) -> dict[str, Any]:
-    of = TASKS[task]
-    setting = METHODS[method].drawn(of, trial)
-    return {"setting": setting, **race(of, method, setting, SEED, seconds=of.seconds)}
+    setting = METHODS[method].drawn(TASKS[task], trial)
+    found = run_of(task, method, trial, SEED, seconds=TASKS[task].seconds)
+    return {"setting": setting, **found}
 
 
 def horizon(task: Task, axis: str) -> float:
