@@ -2,7 +2,8 @@
 
 import math
 from collections.abc import Iterator
-from functools import partial
+from dataclasses import replace
+from functools import cache, partial
 from itertools import product
 from typing import Any
 
@@ -14,12 +15,14 @@ from experiments.problems import (
     HELD_OUT,
     MLP,
     MLP_BATCHES,
+    NEW_NETS,
     PROBLEMS,
     QUADRATIC,
 )
 from experiments.stability import stable_rate
 from experiments.store import Cell, Experiment
 from experiments.training import GIVEN_UP, Run, loss_of, steps_of, train, train_adaptively
+from kfac_lib import KFAC
 from kfac_lib.damping import Exact, Factored, LevenbergMarquardt, Plain
 
 FORMS = {form.__name__: form for form in (Exact, Factored, Plain)}
@@ -27,7 +30,7 @@ DELTAS = [10 ** (k / 2) for k in range(-14, 3)]  # 1e-7 … 1e1
 RATES = [2.0**k for k in range(-4, 5)]  # 1/16 … 16
 STEPS = 40
 MOMENTS = (5, 10, 20, 40)
-SEEDS = {QUADRATIC.name: 1, DEEP_LINEAR.name: 2, MLP.name: 3, CNN.name: 1}
+SEEDS = {QUADRATIC.name: 1, DEEP_LINEAR.name: 3, MLP.name: 3, CNN.name: 3}
 
 BORDER_DELTAS = DELTAS[::2]
 BORDER_RATE = 0.125
@@ -43,6 +46,13 @@ BATCH_DELTAS = [10 ** (k / 2) for k in range(-10, 3)]
 BATCH_RATES = [0.25, 1.0]
 BATCH_STEPS = 60
 BATCH_SEEDS = 2
+
+NEW_FORMS = ("Exact", "Factored")
+TIMES = [10 ** (k / 2) for k in range(-2, 7)]  # 0.1 … 1000 mean eigenvalues
+SHARES = [0.25, 0.5, 1.0, 2.0]  # of 1/L
+NEW_SEEDS = 3
+CLIPS = [1e-3, 1e-2, 1e-1, 1.0]
+CLIP_TIMES = {"Exact": [0.1, 10.0], "Factored": [0.01, 1.0]}
 
 
 def map_key(problem: str, form: str, delta: float, rate: float, seed: int) -> str:
@@ -63,6 +73,14 @@ def adaptive_key(problem: str, form: str, first: float) -> str:
 
 def batch_key(batch: int, ema: float, delta: float, rate: float, seed: int) -> str:
     return f"batch/{batch}/{ema:g}/{delta:.3g}/{rate:g}/{seed}"
+
+
+def new_key(net: str, form: str, times: float, share: float, seed: int) -> str:
+    return f"new/{net}/{form}/{times:.3g}/{share:g}/{seed}"
+
+
+def clip_key(net: str, form: str, times: float, kl_clip: float, seed: int) -> str:
+    return f"clip/{net}/{form}/{times:g}/{kl_clip:g}/{seed}"
 
 
 def on_map(problem: str, form: str, delta: float, rate: float, seed: int) -> list[Any]:
@@ -107,6 +125,28 @@ def by_batches(batch: int, ema: float, delta: float, rate: float, seed: int) -> 
     return [run.losses[0], run.at(BATCH_STEPS // 10)]
 
 
+@cache
+def mean_eigenvalue(net: str, seed: int) -> float:
+    """Of KFAC over all layers, at the start."""
+    made = NEW_NETS[net]
+    factors = KFAC.compute(made.net(seed), made.loss_func, made.data()).values()
+    return sum(float(K.trace()) for K in factors) / sum(len(K.A) * len(K.B) for K in factors)
+
+
+def on_new_net(
+    net: str, form: str, times: float, share: float, seed: int, kl_clip: float | None = None
+) -> list[Any]:
+    """First, highest and last loss, and the last one on new data; infinite if given up."""
+    made, run = NEW_NETS[net], Run()
+    damping, lr = FORMS[form](times * mean_eigenvalue(net, seed)), share / made.layers
+    for trained in steps_of(made, seed, damping, lr, STEPS, kl_clip=kl_clip):
+        run.losses.append(loss_of(trained, made))
+        if run.stopped:
+            return [run.losses[0], math.inf, math.inf, math.inf]
+    judged = replace(made, data=made.judge)
+    return [run.losses[0], max(run.losses), run.losses[-1], loss_of(trained, judged)]
+
+
 def cells() -> Iterator[Cell]:
     for seed in range(max(SEEDS.values())):
         for problem, form in product(SEEDS, FORMS):
@@ -123,6 +163,12 @@ def cells() -> Iterator[Cell]:
     for seed in range(BATCH_SEEDS):
         for where in product(BATCHES, DECAYS, BATCH_DELTAS, BATCH_RATES):
             yield Cell(batch_key(*where, seed), partial(by_batches, *where, seed))
+    for where in product(NEW_NETS, NEW_FORMS, TIMES, SHARES, range(NEW_SEEDS)):
+        yield Cell(new_key(*where), partial(on_new_net, *where))
+    for net, (form, many) in product(NEW_NETS, CLIP_TIMES.items()):
+        for times, kl_clip, seed in product(many, CLIPS, range(NEW_SEEDS)):
+            key = clip_key(net, form, times, kl_clip, seed)
+            yield Cell(key, partial(on_new_net, net, form, times, 1.0, seed, kl_clip))
 
 
 def settings() -> dict[str, Any]:
@@ -130,6 +176,8 @@ def settings() -> dict[str, Any]:
     of_maps = sum(SEEDS.values()) * len(FORMS) * len(DELTAS) * len(RATES)
     of_borders = len(SEEDS) * len(FORMS) * len(BORDER_DELTAS)
     of_held_out = len(DELTAS) * len(RATES)
+    of_new = len(NEW_NETS) * len(NEW_FORMS) * len(TIMES) * len(SHARES) * NEW_SEEDS
+    of_clips = len(NEW_NETS) * sum(map(len, CLIP_TIMES.values())) * len(CLIPS) * NEW_SEEDS
     adapted = len(ADAPTED) * 2 * len(FIRST_DELTAS)
     return {
         "deltas": DELTAS,
@@ -152,9 +200,18 @@ def settings() -> dict[str, Any]:
             "steps": BATCH_STEPS,
             "seeds": BATCH_SEEDS,
         },
+        "new": {
+            "nets": {name: net.layers for name, net in NEW_NETS.items()},
+            "forms": list(NEW_FORMS),
+            "times": TIMES,
+            "shares": SHARES,
+            "seeds": NEW_SEEDS,
+            "clips": CLIPS,
+            "times where clipped": CLIP_TIMES,
+        },
         "budget": {
-            "runs": of_maps + of_held_out + of_borders + adapted + of_batches,
-            "steps": (of_maps + of_held_out + adapted) * STEPS
+            "runs": of_maps + of_held_out + of_borders + adapted + of_batches + of_new + of_clips,
+            "steps": (of_maps + of_held_out + adapted + of_new + of_clips) * STEPS
             + of_borders * max(BORDER_MOMENTS)
             + of_batches * BATCH_STEPS,
         },

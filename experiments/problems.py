@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, partial
 from typing import NamedTuple
 
 import torch
@@ -75,6 +75,10 @@ def labelled(N: int) -> Data:
     return Data(*digits(N))
 
 
+def as_images(data: Data) -> Data:
+    return Data(data.X.reshape(-1, 1, 8, 8), data.y)
+
+
 @cache
 def held_out() -> Data:
     X, y = digits()
@@ -89,8 +93,7 @@ def one_hot_targets() -> Data:
 
 @cache
 def images() -> Data:
-    X, y = digits(128)
-    return Data(X.reshape(-1, 1, 8, 8), y)
+    return as_images(labelled(128))
 
 
 QUADRATIC = Problem("quadratic", linear, regression, nn.MSELoss())
@@ -104,5 +107,78 @@ MLP = Problem("MLP", lambda seed: mlp(64, 16, 10, seed=seed), lambda: labelled(2
 HELD_OUT = Problem("MLP, held out", MLP.net, held_out)
 CNN = Problem("CNN", cnn, images)
 MLP_BATCHES = Problem("MLP, batches", MLP.net, lambda: labelled(1024))
+
+
+@cache
+def fresh() -> Data:
+    """Digits on which no map was made."""
+    X, y = digits()
+    return Data(X[600:1112], y[600:1112])
+
+
+@cache
+def unseen() -> Data:
+    """Digits on which no net of this kind is trained."""
+    X, y = digits()
+    return Data(X[1112:], y[1112:])
+
+
+def deeper_cnn(activation: type[nn.Module], seed: int) -> nn.Sequential:
+    """Three convolutions, two with stride 2, and a linear layer: 8×8 → 8×8 → 4×4 → 2×2 → 10."""
+    return drawn(
+        nn.Conv2d(1, 6, 3, padding=1),
+        activation(),
+        nn.Conv2d(6, 8, 3, stride=2, padding=1),
+        activation(),
+        nn.Conv2d(8, 12, 3, stride=2, padding=1),
+        activation(),
+        nn.Flatten(),
+        nn.Linear(48, 10),
+        seed=seed,
+    )
+
+
+@dataclass(frozen=True)
+class NewNet(Problem):
+    """A net that was on no map, the number of its layers, and data to judge it by."""
+
+    layers: int = 0
+    judge: Callable[[], Data] = unseen
+
+
+def new_mlp(name: str, hidden: int, activation: str) -> NewNet:
+    widths = (64, *[32] * hidden, 10)
+    return NewNet(
+        name,
+        lambda seed: mlp(*widths, activation=activation, seed=seed),
+        fresh,
+        layers=hidden + 1,
+    )
+
+
+def new_cnn(name: str, activation: type[nn.Module]) -> NewNet:
+    return NewNet(
+        name,
+        partial(deeper_cnn, activation),
+        lambda: as_images(fresh()),
+        layers=4,
+        judge=lambda: as_images(unseen()),
+    )
+
+
+NEW_NETS = {
+    net.name: net
+    for net in (
+        new_mlp("tanh, 2 layers", 1, "tanh"),
+        new_mlp("tanh, 4 layers", 3, "tanh"),
+        new_mlp("tanh, 8 layers", 7, "tanh"),
+        new_cnn("tanh, CNN", nn.Tanh),
+        new_mlp("ReLU, 2 layers", 1, "ReLU"),
+        new_mlp("ReLU, 4 layers", 3, "ReLU"),
+        new_mlp("ReLU, 8 layers", 7, "ReLU"),
+        new_cnn("ReLU, CNN", nn.ReLU),
+    )
+}
+"""Nets for which the advice that was read off the maps is put to the test."""
 
 PROBLEMS = {p.name: p for p in (QUADRATIC, DEEP_LINEAR, MLP, CNN, MLP_BATCHES)}

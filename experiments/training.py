@@ -65,11 +65,14 @@ def steps_of(
     *,
     batch: int | None = None,
     ema: float = 0.0,
+    kl_clip: float | None = None,
 ) -> Iterator[nn.Module]:
     """The net before each step of KFAC and after the last; all data are one batch if not given."""
     net, data = problem.net(seed), problem.data()
     optimizer = torch.optim.SGD(net.parameters(), lr=lr)
-    pre = KFACPreconditioner(net, problem.loss_func, damping=damping, ema=ema)
+    pre = KFACPreconditioner(
+        net, problem.loss_func, damping=damping, ema=ema, kl_clip=kl_clip, lr=lr
+    )
     parts = repeat(data) if batch is None else minibatches(data, batch, seed)
     for X, y in islice(parts, steps):
         yield net

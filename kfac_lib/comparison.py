@@ -10,9 +10,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from kfac_lib.accumulate import EigenSums, FactorSums, Sharing, bases_of
+from kfac_lib.accumulate import EigenSums, Expand, FactorSums, Reduce, Sharing, bases_of
 from kfac_lib.capture import Source
-from kfac_lib.ekfac import in_order, same_draws
+from kfac_lib.ekfac import same_draws
 from kfac_lib.fisher import Fisher
 from kfac_lib.kfac import Accumulator, Both, accumulate, require_finite
 from kfac_lib.kronecker import EigenKronecker, Kronecker, element
@@ -24,11 +24,12 @@ from kfac_lib.pairs import (
     best_product,
     contracted,
     diagonal_sums,
+    is_factored,
     pair_sums,
 )
-from kfac_lib.rows import Count, Rows
+from kfac_lib.rows import Count, Rows, TokenRows
 from kfac_lib.spectra import Energies, Spectrum, spectrum_from, spectrum_of
-from kfac_lib.stream import Data
+from kfac_lib.stream import Data, repeated
 
 PASSES = 20
 """Most passes over all data for the nearest product, once it is known for the sample."""
@@ -46,6 +47,7 @@ class Found(NamedTuple):
         pairs: Pairs of the data that were compared.
         spectra: For each layer what is linear in its block.
         energies: For each layer the lengths of its rows.
+        others: The same under the other sharing, for layers with shared positions.
         diagonals: For each layer the part of its pairs that EKFAC explains; None if all data were
             compared, when it is known without them.
         best: For each layer ‖G‖² less the squared distance to the nearest Kronecker product.
@@ -58,6 +60,7 @@ class Found(NamedTuple):
     pairs: PairSums
     spectra: dict[str, Spectrum]
     energies: dict[str, Energies]
+    others: dict[str, Energies]
     diagonals: PairSums | None
     best: dict[str, Tensor]
     shapes: dict[str, tuple[int, int]]
@@ -98,8 +101,7 @@ class Comparison:
 
     def __post_init__(self) -> None:
         self._rewind = same_draws(self.fisher, self.data)
-        if hasattr(self.fisher, "generator"):
-            self.data = in_order(self.data)
+        self.data = repeated(self.data, in_order=hasattr(self.fisher, "generator"))
 
     def of_all(self) -> Found:
         """Keep the rows of all data in one pass, and compare them.
@@ -108,9 +110,13 @@ class Comparison:
             ValueError: If they need more memory than allowed.
         """
         rows = self._kept(None)
-        energies = {name: Energies(one) for name, one in self.sharing.items()}
+        shapes = {name: _shape(of_layer) for name, of_layer in rows.items()}
+        energies, others = self._energies()
         for name, of_layer in rows.items():
             energies[name].update(of_layer)
+            others[name].update(of_layer)
+        rows = {name: _without_gaps(of_layer) for name, of_layer in rows.items()}
+        self._check_squares(rows)
         count = next(iter(rows.values())).count
         R = self.criterion.reduction_factor(count.denominator)
         return Found(
@@ -122,9 +128,10 @@ class Comparison:
                 for name, of_layer in rows.items()
             },
             energies,
+            others,
             None,
             {name: R**2 * _squared(_nearest(of_layer)) for name, of_layer in rows.items()},
-            {name: _shape(of_layer) for name, of_layer in rows.items()},
+            shapes,
             {name: of_layer.S for name, of_layer in rows.items()},
         )
 
@@ -135,11 +142,12 @@ class Comparison:
             ValueError: If the sample needs more memory than allowed.
         """
         factors = {name: FactorSums(one) for name, one in self.sharing.items()}
-        energies = {name: Energies(one) for name, one in self.sharing.items()}
-        self._pass({name: Both((factors[name], energies[name])) for name in factors})
+        energies, others = self._energies()
+        self._pass({name: Both((factors[name], energies[name], others[name])) for name in factors})
         count = next(iter(factors.values())).count
         chosen = torch.randperm(int(count.N), generator=generator)[:size].sort().values
         rows = self._kept(chosen)
+        self._check_squares(rows)
         of_kfac, nearest = {}, {}
         for name, of_layer in factors.items():
             A, B = require_finite(name, *of_layer.finish(self.criterion))
@@ -151,7 +159,8 @@ class Comparison:
             self._pass(nearer)
             gains = [float(nearer[name].along() / nearest[name].along()) - 1 for name in nearer]
             nearest = nearer
-            if not max(gains) > GAIN:
+            # A layer without curvature gains 0 / 0.
+            if not any(gain > GAIN for gain in gains):
                 break
         by_layer = [
             diagonal_sums(of_layer, [_wide(one) for one in of_kfac[name].basis])
@@ -168,11 +177,35 @@ class Comparison:
             pair_sums(list(rows.values())),
             {name: spectrum_from(sums, self.criterion) for name, sums in of_kfac.items()},
             energies,
+            others,
             diagonals,
             {name: R**2 * of_layer.along() for name, of_layer in nearest.items()},
             {name: _shape(of_layer) for name, of_layer in rows.items()},
             {name: of_layer.S for name, of_layer in rows.items()},
         )
+
+    def _energies(self) -> tuple[dict[str, Energies], dict[str, Energies]]:
+        """Accumulators of lengths, for each layer's sharing and for the other one."""
+        return (
+            {name: Energies(one) for name, one in self.sharing.items()},
+            {
+                name: Energies(Expand() if isinstance(one, Reduce) else Reduce())
+                for name, one in self.sharing.items()
+            },
+        )
+
+    def _check_squares(self, rows: Mapping[str, Stored]) -> None:
+        """Refuse layers whose P of one datum, and factor of the nearest product, are too large."""
+        for name, one in rows.items():
+            D_out, D_in = _shape(one)
+            taken = 8 * (max(1, one.V) * D_out * D_in + 2 * D_in**2)
+            if not is_factored(one) and taken > self.limit:
+                raise ValueError(
+                    f"For layer {name!r} the matrices P of one datum and the factor of the nearest "
+                    f"product, {D_in} × {D_in}, take {_size(taken)}, max_memory is "
+                    f"{_size(self.limit)}. Leave the layer out with ignore={name!r}, or give more "
+                    "memory."
+                )
 
     def rewind(self) -> None:
         """Go back to where the random vectors of the first pass were drawn."""
@@ -264,12 +297,17 @@ class _Watched:
 def _check_size(stores: Sequence[RowStore], limit: int) -> None:
     taken, kept = sum(one.nbytes for one in stores), stores[0].kept
     if taken > limit:
+        fitting = int(kept * limit / taken)
+        way = f"Compare fewer data: subsample={fitting}; or use" if fitting >= 3 else "Use"
         raise ValueError(
             f"The rows of {kept} data with {stores[0].vectors} vectors each take {_size(taken)}, "
-            f"max_memory is {_size(limit)}. Compare fewer data: subsample="
-            f"{int(kept * limit / taken)}; or use a flavour with fewer vectors, such as "
+            f"max_memory is {_size(limit)}. {way} a flavour with fewer vectors, such as "
             "MonteCarlo(), or more memory."
         )
+
+
+def _without_gaps(rows: Stored) -> Stored:
+    return rows.occurring() if isinstance(rows, TokenRows) else rows
 
 
 def _nearest(rows: Stored) -> list[Kronecker]:
@@ -291,6 +329,8 @@ def _squared(products: list[Kronecker]) -> Tensor:
 
 
 def _shape(rows: Stored) -> tuple[int, int]:
+    if isinstance(rows, TokenRows):
+        return rows.g.shape[-1], rows.num_embeddings
     D_out, D_in = rows.of_data(slice(0, 1)).outer().shape[2:]
     return D_out, D_in
 

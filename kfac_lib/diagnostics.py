@@ -7,9 +7,10 @@ everything is dropped. Both are measured exactly, without a dense matrix. Explai
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from math import isnan
+from math import inf, isnan, log, nan
+from operator import index
 from textwrap import fill
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, SupportsIndex
 
 import torch
 from torch import Tensor, nn
@@ -45,7 +46,8 @@ CORRELATED = 0.3
 """Correlation of energies that is mentioned."""
 COUPLED = 0.5
 """Coupling of two layers that is mentioned."""
-
+CARRIERS = 5
+"""A sample is called too small that holds fewer than so many of the data that carry the sums."""
 
 ENOUGH = 0.5
 """Share of the exact decrease from which on a step is called good."""
@@ -81,7 +83,7 @@ class LayerDiagnosis:
     """What was found for one layer (:ref:`diag-errors`).
 
     G is the exact block of the flavour, and errors are relative: ‖G − K‖ / ‖G‖ in the Frobenius
-    norm. They are NaN for a block that is zero.
+    norm. They are NaN for a block that is zero, and for one that no datum of a sample reaches.
 
     Args:
         shape: Shape (D_out, D_in [+1]) of the weight-shaped matrices.
@@ -94,9 +96,13 @@ class LayerDiagnosis:
         ekfac_error: Error of EKFAC, the best that the eigenbasis of KFAC allows.
         best_error: Error of the nearest Kronecker product, the best that a product can do.
         trace_ratio: tr K / tr G.
+        other_trace_ratio: The same under the other sharing; NaN for S = 1.
         correlation: Of input and gradient energy over the rows that KFAC sees (‖x̃‖² and Σ_v ‖g‖²);
             NaN where one does not vary.
-        excess: Their covariance over the product of their means; for S = 1 tr G / tr K − 1.
+        excess: Their covariance over the product of their means; for S = 1 and one group
+            tr G / tr K − 1.
+        half: The smallest number of data that hold half of Σ_n (Σ_s ‖x̃‖² Σ_v ‖g‖²)²: on so few
+            the norm of the block may rest.
         coupled_to: The layer that this one is coupled to most, with the coupling; None for a net
             of one layer.
     """
@@ -111,8 +117,10 @@ class LayerDiagnosis:
     ekfac_error: Estimate
     best_error: Estimate
     trace_ratio: float
+    other_trace_ratio: float
     correlation: float
     excess: float
+    half: int
     coupled_to: tuple[str, Estimate] | None
 
     @property
@@ -136,6 +144,7 @@ class Diagnosis(Mapping[str, LayerDiagnosis]):
         compared: Number of data that were compared pair by pair.
         steps: For ``"KFAC"``, ``"EKFAC"`` and ``"gradient"`` the comparison with the exact step;
             None if it was not asked for.
+        damping: The δ of these steps.
     """
 
     def __init__(
@@ -148,10 +157,12 @@ class Diagnosis(Mapping[str, LayerDiagnosis]):
         N: int,
         compared: int,
         steps: Mapping[str, StepComparison] | None = None,
+        damping: float = 0.0,
     ) -> None:
         self._layers = dict(layers)
         self.coupling, self.outside = coupling, outside
-        self.fisher, self.N, self.compared, self.steps = fisher, N, compared, steps
+        self.fisher, self.N, self.compared = fisher, N, compared
+        self.steps, self.damping = steps, damping
 
     def __getitem__(self, name: str) -> LayerDiagnosis:
         return self._layers[name]
@@ -167,9 +178,10 @@ class Diagnosis(Mapping[str, LayerDiagnosis]):
         lines = [f"Diagnosis({self.fisher}, {self.N} data{pairs})", *self._table()]
         lines.append(f"outside the diagonal blocks: {self.outside} of the squared norm")
         if self.steps:
-            lines.append("step      cosine  decrease  best length")
+            lines.append(f"steps with δ = {self.damping:g}, beside the exact one")
+            lines.append("step      cosine  decrease  at best length")
         for name, step in (self.steps or {}).items():
-            shares = f"{step.decrease:8.3g}  {step.best_decrease:11.2f}"
+            shares = f"{step.decrease:8.3g}  {step.best_decrease:14.2f}"
             lines.append(f"{name:8}  {step.cosine:6.2f}  {shares}")
         sentences = [f"{name or '(root)'}: {self.advice(name)}" for name in self]
         sentences += self._of_the_whole()
@@ -227,23 +239,40 @@ class Diagnosis(Mapping[str, LayerDiagnosis]):
         return figure
 
     def _of_the_whole(self) -> Iterator[str]:
-        L = len(self)
-        pairs = [one.coupled_to[1].value for one in self.values() if one.coupled_to]
-        if L > 2 and max(pairs) > COUPLED:
+        half = min(one.half for one in self.values())
+        if self.compared < self.N and half * self.compared < CARRIERS * self.N:
             yield (
-                f"Coupled layers: a block-diagonal step may be up to {L} times too long"
-                f"{'' if self.steps else '; see exact_step=True'}."
+                f"Few data carry the sums: half of them rests on {half} of {self.N}, of which "
+                f"{self.compared} drawn at random hold {half * self.compared / self.N:.1f} on "
+                "average. Errors come out too small then, and their bars too short: compare more "
+                "data."
             )
         step = (self.steps or {}).get("KFAC")
+        many = _largest_group(self.coupling > COUPLED)
+        if many > 2 and (step is None or step.decrease < ENOUGH):
+            yield (
+                f"{many} layers are coupled: a block-diagonal step may be about {many} times too "
+                f"long{'' if step else '; see exact_step=True'}."
+            )
         if step is None or step.decrease >= ENOUGH:
             return
-        yield (
-            "On the quadratic model the direction of KFAC's step is good, its length is not: "
-            "choose the length, by a learning rate below 1 or kl_clip, or damp more."
-            if step.best_decrease >= ENOUGH
-            else "On the quadratic model KFAC's step is wrong in its direction too: damp more, or "
-            "try another sharing."
-        )
+        if step.best_decrease >= ENOUGH:
+            yield (
+                "On the quadratic model the direction of KFAC's step is good, its length is not: "
+                "choose the length, by a learning rate below 1 or kl_clip, or damp more."
+            )
+            return
+        ways = "damp more"
+        corrected = (self.steps or {}).get("EKFAC")
+        if corrected and corrected.best_decrease >= max(ENOUGH, step.best_decrease / BETTER):
+            ways = (
+                f"EKFAC's direction is better ({corrected.best_decrease:.2f} against "
+                f"{step.best_decrease:.2f} of the exact decrease at the best length): correct the "
+                "eigenvalues, or damp more"
+            )
+        if any(_is_nearer(one) for one in self.values()):
+            ways += ", or try the other sharing"
+        yield f"On the quadratic model KFAC's step is wrong in its direction too: {ways}."
 
     def _table(self) -> list[str]:
         header = ("layer", "shape", "KFAC", "EKFAC", "best ⊗", "tr K/tr G", "corr", "coupling")
@@ -289,7 +318,7 @@ def diagnose(
 
     All figures are exact, up to rounding in double precision, and none needs a dense block: they
     come from inner products of inputs and of pseudo-gradients. Time grows with (N · V)² and the
-    widths, memory with the rows, N · V · Σ D_out numbers and the inputs.
+    widths, memory with the rows, N · V · Σ S · D_out numbers and the inputs.
 
     Args:
         model: Network of supported layers; with ``params`` a function f(params, X), or a network
@@ -306,9 +335,10 @@ def diagnose(
             from all data, in further passes: two, and some for the nearest product.
         exact_step: Whether to compare preconditioned steps with the exact damped Gauss-Newton
             step.
-        damping: Of these steps.
-        max_memory: Bytes of rows that may be kept; 1 GiB when not given.
-        generator: Draws the subsample; torch's default generator when not given.
+        damping: Of these steps; δ counts beside the curvature of the loss as it is reduced.
+        max_memory: Bytes of rows that may be kept, and of one datum's matrices P together with
+            the factor of the nearest product; 1 GiB when not given.
+        generator: Draws the subsample; seeded by torch's default generator when not given.
         chunk_size: How many vectors are backpropagated at once; what fits into 64 MiB when
             not given (:ref:`speed-memory`).
         params: The parameters by name, for a function or a network that hooks cannot follow.
@@ -317,7 +347,8 @@ def diagnose(
         The findings.
 
     Raises:
-        ValueError: For bad data or options, or rows that need more than ``max_memory``.
+        ValueError: For bad data or options, figures that overflow, or a need for more than
+            ``max_memory``.
         TypeError: If model, loss or data are of the wrong kind.
         NotImplementedError: For a layer or a loss that is not supported, or the exact step of a
             function.
@@ -332,17 +363,30 @@ def diagnose(
         ((3, 5), torch.Size([2, 2]))
     """
     require_vectors(fisher)
+    limit = MAX_MEMORY if max_memory is None else _bytes(max_memory)
     if subsample is not None:
+        subsample = _number_of_data(subsample)
+        generator = _own(generator)
+    if subsample is not None or exact_step:
         require_two_passes(data)
-        if not isinstance(subsample, int) or subsample < 3:
-            raise ValueError(
-                f"subsample={subsample!r}: give a number of data, at least 3, or None for all."
-            )
-    if exact_step and params is not None:
+    if not isinstance(damping, Exact):
+        raise TypeError(
+            f"damping is a {type(damping).__name__}. The step is compared with the exact one, "
+            "(G + δ I)⁻¹ g: give Exact(1e-3), for example."
+        )
+    if exact_step and (params is not None or not isinstance(model, nn.Module)):
         raise NotImplementedError(
             "exact_step needs a torch.nn.Module without params. Leave exact_step out."
         )
     source, data = source_of(model, data, params, layers, ignore)
+    if exact_step and any(
+        p.dtype not in (torch.float32, torch.float64)
+        for p in model.parameters()  # type: ignore[union-attr]
+    ):
+        raise NotImplementedError(
+            "exact_step needs parameters in float32 or float64: there are no decompositions in "
+            "half precision. Give copy.deepcopy(model).float(), and data to match."
+        )
     criterion = criterion_of(loss_func)
     run = Comparison(
         source,
@@ -351,7 +395,7 @@ def diagnose(
         fisher,
         sharing_of(sharing, list(source.coverage.layers)),
         chunk_size,
-        MAX_MEMORY if max_memory is None else max_memory,
+        limit,
     )
     found = run.of_all() if subsample is None else run.of_some(subsample, generator)
     steps = None
@@ -367,14 +411,42 @@ def diagnose(
         steps = compare_steps(quadratic, elements, damping)
     values, errors = _estimated(found)
     return Diagnosis(
-        _layers(found, values, errors),
+        _layers(found, values, errors, criterion),
         coupling=values.coupling,
         outside=Estimate(float(values.outside), float(errors.outside)),
         fisher=fisher,
         N=found.N,
         compared=len(found.pairs.rows),
         steps=steps,
+        damping=damping.delta if exact_step else 0.0,
     )
+
+
+def _bytes(max_memory: float) -> int:
+    if not isinstance(max_memory, int | float):
+        raise TypeError(f"max_memory={max_memory!r}: give a number of bytes, such as 2**30.")
+    if not 0 < max_memory < inf:
+        raise ValueError(f"max_memory={max_memory!r}: give a positive number of bytes.")
+    return int(max_memory)
+
+
+def _number_of_data(subsample: object) -> int:
+    if isinstance(subsample, SupportsIndex) and index(subsample) >= 3:
+        return index(subsample)
+    raise ValueError(
+        f"subsample={subsample!r}: give a number of data, at least 3, or None for all."
+    )
+
+
+def _own(generator: torch.Generator | None) -> torch.Generator:
+    """A generator that no rewinding of torch's default one touches."""
+    if generator is None:
+        return torch.Generator().manual_seed(int(torch.randint(2**62, ())))
+    if not isinstance(generator, torch.Generator):
+        raise TypeError(
+            f"generator is a {type(generator).__name__}: give torch.Generator().manual_seed(0)."
+        )
+    return generator
 
 
 class _Squares(NamedTuple):
@@ -388,62 +460,100 @@ class _Squares(NamedTuple):
     outside: Tensor
 
 
-def _squares(found: Found, sums: Callable[[PairSums], Tensor]) -> _Squares:
-    """The squares that follow from one way to sum over pairs."""
+class _FromPairs(NamedTuple):
+    """What only pairs of data can tell; with an axis in front, from many sets of them."""
+
+    rest: Tensor
+    coupling: Tensor
+    outside: Tensor
+
+
+def _from_pairs(found: Found, sums: Callable[[PairSums], Tensor]) -> _FromPairs:
     squared = found.R**2 * sums(found.pairs)
     own = squared.diagonal(dim1=-2, dim2=-1)
-    spectra = found.spectra.values()
-    corrected = torch.stack([one.corrected.square().sum() for one in spectra])
-    beside = torch.stack([(one.corrected - one.kfac).square().sum() for one in spectra])
-    best = torch.stack(list(found.best.values()))
+    corrected = torch.stack([one.corrected.square().sum() for one in found.spectra.values()])
     # What EKFAC explains is known from all data; only the rest must be estimated from some.
     explained = corrected if found.diagonals is None else found.R**2 * sums(found.diagonals)
-    rest = own - explained
-    norm = corrected + rest
     scale = (own.unsqueeze(-1) * own.unsqueeze(-2)).clamp(min=0).sqrt()
-    return _Squares(
-        norm=norm,
-        kfac_error=(rest + beside) / norm,
-        ekfac_error=rest / norm,
-        best_error=(norm - best) / norm,
+    return _FromPairs(
+        rest=own - explained,
         coupling=squared / scale.where(scale > 0, 1),
-        outside=(1 - own.sum(-1) / squared.sum((-1, -2))),
+        outside=1 - own.sum(-1) / squared.sum((-1, -2)),
     )
 
 
 def _estimated(found: Found) -> tuple[_Squares, _Squares]:
     """The figures, and their standard errors by the jackknife."""
-    squares = _squares(found, lambda sums: sums.total(found.N))
+    one = _from_pairs(found, lambda sums: sums.total(found.N))
     m = len(found.pairs.rows)
-    each = squares
-    scale = 0.0
+    errors_of = _FromPairs(*(torch.zeros_like(value) for value in one))
     if m < found.N:
-        each = _squares(found, lambda sums: sums.without_each(found.N))
+        each = _from_pairs(found, lambda sums: sums.without_each(found.N))
         # Drawn without replacement: what is known already has no error.
         scale = (m - 1) * (1 - m / found.N)
+        errors_of = _FromPairs(*((scale * v.var(0, correction=0)).sqrt() for v in each))
+    spectra = found.spectra.values()
+    corrected = torch.stack([one.corrected.square().sum() for one in spectra])
+    beside = torch.stack([(one.corrected - one.kfac).square().sum() for one in spectra])
+    best = torch.stack(list(found.best.values())).nan_to_num(0)
+    _require_no_overflow(found, torch.stack([corrected, beside, best, one.rest]))
+    # An estimate may be less than what all data are known to hold.
+    rest = one.rest.clamp(min=0).maximum(best - corrected)
+    norm = corrected + rest
+    slope = errors_of.rest / norm.square()
+    squares = _Squares(
+        norm=norm,
+        kfac_error=(rest + beside) / norm,
+        ekfac_error=rest / norm,
+        best_error=((norm - best) / norm).clamp(min=0),
+        coupling=one.coupling.clamp(0, 1),
+        outside=one.outside.clamp(0, 1),
+    )
+    of_squares = _Squares(
+        norm=errors_of.rest,
+        kfac_error=slope * (corrected - beside).abs(),
+        ekfac_error=slope * corrected,
+        best_error=slope * best,
+        coupling=errors_of.coupling,
+        outside=errors_of.outside,
+    )
     values, errors = [], []
-    for name, square, of_each in zip(_Squares._fields, squares, each, strict=True):
-        error = (scale * of_each.var(0, correction=0)).sqrt() if scale else square * 0
+    for name, square, error in zip(_Squares._fields, squares, of_squares, strict=True):
         if name == "outside":
             values.append(square)
             errors.append(error)
             continue
         # Of a root; near zero, where the slope has no bound, the root of the error.
-        root = square.clamp(min=0).sqrt()
+        root = square.sqrt()
         values.append(root)
         errors.append(torch.minimum(error / (2 * root), error.sqrt()).nan_to_num(0))
+    unseen = (found.pairs.total().diagonal() == 0) & (corrected > 0)
+    for figure in (*values[:4], values[4], values[4].T):
+        figure[unseen] = nan
     return _Squares(*values), _Squares(*errors)
 
 
-def _layers(found: Found, values: _Squares, errors: _Squares) -> dict[str, LayerDiagnosis]:
+def _require_no_overflow(found: Found, sums: Tensor) -> None:
+    for name, finite in zip(found.spectra, sums.isfinite().all(0), strict=True):
+        if not finite:
+            raise ValueError(
+                f"Layer {name!r}: the squared norm of its block overflows double precision. Scale "
+                "the inputs, the targets or the loss down; relative errors do not change by a "
+                "factor before the loss."
+            )
+
+
+def _layers(
+    found: Found, values: _Squares, errors: _Squares, criterion: Criterion
+) -> dict[str, LayerDiagnosis]:
     names = list(found.spectra)
     layers = {}
     for i, name in enumerate(names):
         spectrum, energies = found.spectra[name], found.energies[name]
         coupled_to = None
         if len(names) > 1:
-            others = values.coupling[i].clone()
-            others[i] = -1
+            others = values.coupling[i].nan_to_num(-1)
+            others[i] = -2
             j = int(others.argmax())
             strength = Estimate(float(values.coupling[i, j]), float(errors.coupling[i, j]))
             coupled_to = (names[j], strength)
@@ -451,9 +561,11 @@ def _layers(found: Found, values: _Squares, errors: _Squares) -> dict[str, Layer
             Estimate(float(value[i]), float(error[i]))
             for value, error in zip(values[:4], errors[:4], strict=True)
         )
+        S, trace = found.positions[name], spectrum.corrected.sum()
+        other = found.others[name].trace(criterion, S) if S > 1 else nan
         layers[name] = LayerDiagnosis(
             shape=found.shapes[name],
-            positions=found.positions[name],
+            positions=S,
             sharing=energies.sharing,
             norm=norm,
             kfac_norm=float(spectrum.kfac.norm()),
@@ -462,37 +574,50 @@ def _layers(found: Found, values: _Squares, errors: _Squares) -> dict[str, Layer
             ekfac_error=ekfac,
             best_error=best,
             trace_ratio=float(spectrum.trace_ratio),
+            other_trace_ratio=float(other / trace),
             correlation=energies.correlation(),
             excess=energies.excess(),
+            half=energies.half(),
             coupled_to=coupled_to,
         )
     return layers
 
 
 def _advice(one: LayerDiagnosis) -> Iterator[str]:
-    kfac, ekfac, best = (e.value for e in (one.kfac_error, one.ekfac_error, one.best_error))
     if one.norm.value == 0:
         yield "No curvature: the block is zero, for these data no output depends on the layer."
         return
-    if kfac <= CLOSE:
-        yield f"KFAC is within {kfac:.0%} of the block."
-    elif ekfac <= BETTER * kfac:
-        yield f"KFAC is off by {kfac:.0%}, EKFAC by {ekfac:.0%}: correct the eigenvalues."
-    elif best <= BETTER * kfac:
-        yield (
-            f"KFAC is off by {kfac:.0%}, the nearest product by {best:.0%}: the factors are at "
-            'fault, not the form; use the nearest product (approximation="nearest").'
-        )
-    else:
-        yield (
-            f"KFAC is off by {kfac:.0%}, and neither EKFAC ({ekfac:.0%}) nor any one product "
-            f"({best:.0%}) does much better: {'use it' if kfac <= FAR else 'damp more'}."
-        )
-    if kfac > CLOSE and not 1 / TRACE < one.trace_ratio < TRACE:
-        other = Expand() if isinstance(one.sharing, Reduce) else Reduce()
-        remedy = f"try {other}" if one.positions > 1 else "scale its damping with it"
-        yield f"Its trace is {one.trace_ratio:.2g} times that of the block: {remedy}."
-    if kfac > CLOSE and abs(one.correlation) > CORRELATED:
+    if isnan(one.norm.value):
+        yield "Not in the sample: no output of its data depends on the layer. Compare more data."
+        return
+    kfac, ekfac, best = map(_percent, (one.kfac_error, one.ekfac_error, one.best_error))
+    D = one.shape[0] * one.shape[1]
+    said = {
+        "close": f"KFAC is within {kfac} of the block.",
+        "EKFAC": f"KFAC is off by {kfac}, EKFAC by {ekfac}: correct the eigenvalues.",
+        "nearest": (
+            f"KFAC is off by {kfac}, the nearest product by {best}: the factors are at fault, not "
+            f'the form; use the nearest product (approximation="nearest"; the dense block, '
+            f"{D} × {D}, is formed)."
+        ),
+        "neither": (
+            f"KFAC is off by {kfac}, and neither EKFAC ({ekfac}) nor any one product ({best}) "
+            f"does much better: {'use it' if one.kfac_error.value <= FAR else 'damp more'}."
+        ),
+    }
+    verdict = _verdict(one)
+    yield said[verdict]
+    if any(_verdict(one, shift) != verdict for shift in (-2.0, 2.0)):
+        yield "Two standard errors away the answer is another one: compare more data."
+    close = verdict == "close"
+    if not close and not 1 / TRACE < one.trace_ratio < TRACE:
+        remedy = ""
+        if one.positions > 1:
+            other = Expand() if isinstance(one.sharing, Reduce) else Reduce()
+            remedy = f", under {other} {one.other_trace_ratio:.2g} times"
+            remedy += f": try {other}" if _is_nearer(one) else ""
+        yield f"Its trace is {one.trace_ratio:.2g} times that of the block{remedy}."
+    if not close and abs(one.correlation) > CORRELATED:
         size = "large" if one.correlation > 0 else "small"
         yield (
             f"Where inputs are large, gradients are {size} (correlation {one.correlation:.2f}): "
@@ -500,3 +625,37 @@ def _advice(one: LayerDiagnosis) -> Iterator[str]:
         )
     if one.coupled_to is not None and one.coupled_to[1].value > COUPLED:
         yield f"Coupled to {one.coupled_to[0]!r} at {one.coupled_to[1].value:.2f}."
+
+
+def _verdict(one: LayerDiagnosis, shift: float = 0.0) -> str:
+    """Which sentence fits, at so many standard errors from the estimates."""
+    kfac, ekfac, best = (
+        e.value + shift * e.standard_error
+        for e in (one.kfac_error, one.ekfac_error, one.best_error)
+    )
+    if kfac <= CLOSE:
+        return "close"
+    D = one.shape[0] * one.shape[1]
+    if best <= BETTER * min(ekfac, kfac) and 8 * D**2 <= MAX_MEMORY:
+        return "nearest"
+    return "EKFAC" if ekfac <= BETTER * kfac else "neither"
+
+
+def _is_nearer(one: LayerDiagnosis) -> bool:
+    """Whether the trace of K is nearer to that of the block under the other sharing."""
+    if isnan(one.other_trace_ratio) or min(one.trace_ratio, one.other_trace_ratio) <= 0:
+        return False
+    return abs(log(one.other_trace_ratio)) < abs(log(one.trace_ratio))
+
+
+def _percent(error: Estimate) -> str:
+    spread = f" ± {error.standard_error:.0%}" if error.standard_error else ""
+    return f"{error.value:.0%}{spread}"
+
+
+def _largest_group(coupled: Tensor) -> int:
+    """Size of the largest set of layers that are coupled, one through the other."""
+    reached = coupled.double() + torch.eye(len(coupled), dtype=torch.float64, device=coupled.device)
+    for _ in range(len(coupled)):
+        reached = (reached @ reached > 0).double()
+    return int(reached.sum(1).max())

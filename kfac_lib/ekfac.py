@@ -3,9 +3,8 @@
 Derived in the chapter :ref:`ekfac`.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -27,7 +26,7 @@ from kfac_lib.kfac import (
 from kfac_lib.kronecker import BlockDiagonal, EigenKronecker, element
 from kfac_lib.losses import Criterion, criterion_of
 from kfac_lib.rows import Count, Rows
-from kfac_lib.stream import Data, is_pair
+from kfac_lib.stream import Data, is_pair, repeated
 
 
 class EKFAC(Blocks[EigenKronecker | BlockDiagonal]):
@@ -105,14 +104,13 @@ class EKFAC(Blocks[EigenKronecker | BlockDiagonal]):
         choice = sharing_of(sharing, list(source.coverage.layers))
         parts = {name: parts_of(source.coverage, name, bias) for name in choice}
         rewind = same_draws(fisher, data)
-        data = in_order(data) if hasattr(fisher, "generator") else data
+        data = repeated(data, in_order=hasattr(fisher, "generator"))
         # Where the rows of one batch fit into memory together, there is no need to run it again.
         held = Held() if is_pair(data) and chunk_size is None else None
         factors = factor_sums(source, criterion, data, fisher, choice, chunk_size, held)
         sums: dict[str, _OfLayer] = {}
         of_part: dict[str, Sharing] = {}
-        counts = {name: of_layer.count for name, of_layer in factors.items()}
-        for name in counts:
+        for name in list(factors):
             A, B = require_finite(name, *factors.pop(name).finish(criterion))
             sums[name] = _OfLayer(
                 {
@@ -127,12 +125,6 @@ class EKFAC(Blocks[EigenKronecker | BlockDiagonal]):
         else:
             rewind()
             accumulate(sums, source, criterion, data, fisher, chunk_size)
-        for name, count in counts.items():
-            if count != sums[name].count:
-                raise ValueError(
-                    f"The data differ between the two passes of EKFAC: {count} at first, "
-                    f"{sums[name].count} then. Give data that are the same each time."
-                )
         return cls(
             {key: one.finish(criterion) for of in sums.values() for key, one in of.parts.items()},
             fisher=fisher,
@@ -153,8 +145,8 @@ def require_two_passes(data: Data) -> None:
     """
     if isinstance(data, Iterator):
         raise ValueError(
-            f"The data are a {type(data).__name__}, which can be passed only once; EKFAC needs two "
-            "passes. Give a list of batches, a DataLoader, or one pair (X, y)."
+            f"The data are a {type(data).__name__}, which can be passed only once, and two passes "
+            "are needed. Give a list of batches, a DataLoader, or one pair (X, y)."
         )
 
 
@@ -193,41 +185,6 @@ def same_draws(fisher: Fisher, data: Data = None) -> Callable[[], None]:
             generator.set_state(state)
 
     return rewind
-
-
-def in_order(data: Data) -> Data:
-    """Data that refuse to come in another order in a later pass (:ref:`diag-subsample`).
-
-    A random flavour draws its vectors anew in each pass; the same draws belong to the same data
-    only in the same order.
-
-    Example:
-        >>> pair = torch.ones(5, 2), torch.zeros(5, 3)
-        >>> in_order(pair) is pair, len(list(in_order([pair, pair])))
-        (True, 2)
-    """
-    return data if is_pair(data) or not isinstance(data, Iterable) else _InOrder(data)
-
-
-class _InOrder:
-    """Batches that must come in the same order each time: draws belong to data."""
-
-    def __init__(self, data: Iterable[Any]) -> None:
-        self.data = data
-        self.seen: list[float] | None = None
-
-    def __iter__(self) -> Iterator[Any]:
-        seen = []
-        for number, pair in enumerate(self.data):
-            seen.append(float(pair[1].double().sum()) if is_pair(pair) else 0.0)
-            if self.seen is not None and self.seen[: number + 1] != seen:
-                raise ValueError(
-                    "The data come in another order in the second pass, and a random "
-                    "flavour would draw other vectors for them. Give a list of batches, or a "
-                    "loader without shuffling."
-                )
-            yield pair
-        self.seen = seen
 
 
 @dataclass

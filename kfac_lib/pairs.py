@@ -63,6 +63,8 @@ class RowStore:
         """
         if isinstance(rows, OutputRows):
             raise TypeError("Rows in closed form have no vectors. Stream with joint=True.")
+        if rows.g.shape[1] == 0:
+            return  # a batch whose labels are all ignored
         first = bool(rows.count.N) or not self._g
         if first:
             if self._chosen is not None:

@@ -288,6 +288,15 @@ class TokenRows(_Gradients):
         P.index_add_(1, (datum + self.tokens + 1).flatten(), self.g.flatten(1, 2))
         return P.view(V, N, self.num_embeddings + 1, D_out)[:, :, 1:].transpose(2, 3)
 
+    def occurring(self) -> "TokenRows":
+        """Return the same rows for the tokens that occur, numbered anew.
+
+        What is left out are columns of P that are zero.
+        """
+        found, places = torch.unique(self.tokens, return_inverse=True)
+        nothing = int((found < 0).sum())
+        return replace(self, tokens=places - nothing, num_embeddings=max(1, len(found) - nothing))
+
     def split(self) -> list["TokenRows"]:
         """Return the rows as they are: an Embedding has one group."""
         return [self]

@@ -5,6 +5,7 @@ tr G = Σ λ* follow, and G − Q diag(λ*) Qᵀ is orthogonal to every matrix t
 Explained in the section :ref:`diag-errors`.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -130,16 +131,26 @@ class Energies:
         self.count = Count(0, 0)
         self._a: list[Tensor] = []
         self._b: list[Tensor] = []
+        self._of_groups: list[list[float]] = []
 
     def update(self, rows: Rows) -> None:
         """Add the rows of a batch, or of a further chunk of its vectors."""
+        if rows.g.shape[1] == 0:
+            return  # a batch whose labels are all ignored
+        rows = rows.occurring() if isinstance(rows, TokenRows) else rows
         shared = self.sharing.rows(rows)
-        b = shared.g.double().square().sum((0, 3))
-        if rows.count.N or not self._a:
-            self._a.append(_input_energies(shared))
+        first = bool(rows.count.N) or not self._a
+        a, b = _input_energies(shared), shared.g.double().square().sum((0, 3))
+        if first:
+            self._a.append(a)
             self._b.append(b)
         else:
             self._b[-1] += b
+        groups: Sequence[Rows] = shared.split()
+        self._of_groups = self._of_groups or [[0.0, 0.0] for _ in groups]
+        for sums, one in zip(self._of_groups, groups, strict=True):
+            sums[0] += float(_input_energies(one).sum()) if first else 0.0
+            sums[1] += float(one.g.double().square().sum())
         self.count = self.count.plus(rows.count)
 
     def correlation(self) -> float:
@@ -150,10 +161,21 @@ class Energies:
     def excess(self) -> float:
         """Covariance of a and b over the product of their means.
 
-        For S = 1 it is tr G / tr K − 1.
+        For S = 1 and one group it is tr G / tr K − 1.
         """
         a, b = self._flat()
         return float((a * b).mean() / (a.mean() * b.mean()) - 1)
+
+    def trace(self, criterion: Criterion, S: int) -> float:
+        """Return tr K for this sharing, of a layer with S shared positions."""
+        scale_A, scale_B = constants(criterion, self.count, self.sharing, S)
+        return scale_A * scale_B * sum(a * b for a, b in self._of_groups)
+
+    def half(self) -> int:
+        """Return the smallest number of data that hold half of Σ_n (Σ_s a b)²."""
+        of_data = [(a * b).sum(1).square() for a, b in zip(self._a, self._b, strict=True)]
+        shares = torch.cat(of_data).sort(descending=True).values.cumsum(0)
+        return int((shares < shares[-1] / 2).sum()) + 1
 
     def _flat(self) -> tuple[Tensor, Tensor]:
         a, b = (torch.cat([part.flatten() for part in parts]) for parts in (self._a, self._b))

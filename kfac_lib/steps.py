@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from kfac_lib.autodiff import ggnvp
 from kfac_lib.coverage import Coverage
@@ -117,7 +118,8 @@ class QuadraticModel:
     def _sum(self, of_batch: Callable[[Tensor, Tensor, Tensor], Any]) -> Vectors:
         total: Vectors | None = None
         for X, y in batches(self.data):
-            with torch.enable_grad():
+            # Of attention only this kernel has second derivatives.
+            with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
                 f = self.model(X)
                 c = self.criterion.value(f, y)
                 found = of_batch(c, f, y)

@@ -8,7 +8,7 @@ graph. Explained in the section :ref:`kfac-pseudo-gradients`.
 from collections.abc import Iterable, Iterator, Mapping
 from functools import partial
 from itertools import chain, islice
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -268,6 +268,90 @@ def _is_numbers(tensor: Tensor) -> bool:
 def _is_usable(tensor: Tensor) -> bool:
     # −inf is what the masks of attention hold, and may stand among the inputs.
     return _is_numbers(tensor) or is_finite(tensor.masked_fill(tensor == -torch.inf, 0))
+
+
+def repeated(data: Data, in_order: bool) -> Data:
+    """Data that refuse to differ in a later pass (:ref:`diag-subsample`).
+
+    Args:
+        data: One pair (X, y), or an iterable of them that can be passed many times.
+        in_order: Whether the order of the batches counts. A random flavour draws its vectors anew
+            in each pass, and the same draws belong to the same data only in the same order.
+
+    Returns:
+        The data. A pass that ends with other data than the first, or with ``in_order`` has others
+        at one place, raises a ValueError.
+
+    Example:
+        >>> pair = torch.ones(5, 2), torch.zeros(5, 3)
+        >>> repeated(pair, True) is pair, len(list(repeated([pair, pair], True)))
+        (True, 2)
+    """
+    return data if is_pair(data) or not isinstance(data, Iterable) else _Repeated(data, in_order)
+
+
+class _Repeated:
+    """Batches whose sums must be the same in each pass: one by one, or all together."""
+
+    def __init__(self, data: Iterable[Any], in_order: bool) -> None:
+        self.data, self.in_order = data, in_order
+        self.first: list[_Totals] | None = None
+
+    def __iter__(self) -> Iterator[Any]:
+        seen: list[_Totals] = []
+        for pair in self.data:
+            yield pair
+            seen.append(_totals(pair))
+            if self.in_order and self.first is not None and self.first[: len(seen)] != seen:
+                raise ValueError(
+                    "The data come in another order in the second pass, or are others, and a "
+                    "random flavour would draw other vectors for them. Give a list of batches, or "
+                    "a loader without shuffling and augmentation."
+                )
+        if self.first is None:
+            self.first = seen
+            return
+        before, now = (_Totals(*map(sum, zip(*one, strict=True))) for one in (self.first, seen))
+        if not before.agrees_with(now):
+            raise ValueError(
+                f"The data differ between two passes: {before} at first, {now} then. Give data "
+                "that are the same each time, without augmentation; a loader that shuffles must "
+                "not drop its last batch."
+            )
+
+
+class _Totals(NamedTuple):
+    """What does not depend on the order of the data, but for rounding."""
+
+    N: float = 0.0
+    inputs: float = 0.0
+    input_size: float = 0.0
+    targets: float = 0.0
+    target_size: float = 0.0
+
+    def agrees_with(self, other: "_Totals") -> bool:
+        slack = [
+            1e-9 * size
+            for size in (self.input_size, self.input_size, self.target_size, self.target_size)
+        ]
+        return self.N == other.N and all(
+            abs(a - b) <= most for a, b, most in zip(self[1:], other[1:], slack, strict=True)
+        )
+
+    def __str__(self) -> str:
+        return f"{self.N:.0f} targets with ΣX = {self.inputs:.10g} and Σy = {self.targets:.10g}"
+
+
+def _totals(pair: Any) -> _Totals:
+    X, y = pair
+    inputs = [part.double() for part in _tensors(X)]
+    return _Totals(
+        len(y),
+        sum(float(part.sum()) for part in inputs),
+        sum(float(part.abs().sum()) for part in inputs),
+        float(y.double().sum()),
+        float(y.double().abs().sum()),
+    )
 
 
 def _tensors(X: Any) -> Iterator[Tensor]:
