@@ -5,13 +5,33 @@ the chapters :ref:`jacobians`, :ref:`hessians` and :ref:`gauss-newton`. Everythi
 device; rows and columns of a matrix are flattened in the order that the caller names.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import overload
 
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from kfac_lib.flattening import Order, check_order, flatten, unflatten
+
+
+@contextmanager
+def twice_differentiable() -> Iterator[None]:
+    """Record graphs through which second derivatives, and products with them, exist.
+
+    See :ref:`hess-hvp`. Gradients are on whatever the caller's mode, and attention
+    (``scaled_dot_product_attention``) takes the one kernel that can be differentiated twice.
+
+    Example:
+        >>> x = torch.ones(2, requires_grad=True)
+        >>> with torch.no_grad(), twice_differentiable():
+        ...     y = x.square()
+        >>> y.requires_grad
+        True
+    """
+    with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
+        yield
 
 
 @overload

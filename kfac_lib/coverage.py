@@ -101,8 +101,9 @@ def cover(
         paste = list(dict.fromkeys(_owner(n) if _owner(n) in whole else n for n in unsupported))
         what = f"layer {owner!r}" if owner else "the model's own parameter"
         trace = (
-            "Its projections call no module; trace the model instead, with "
-            "params=dict(model.named_parameters()). Or pass"
+            "Its projections call no module: where the function takes params, trace the model "
+            "with params=dict(model.named_parameters()); to train with a preconditioner, write "
+            "them as nn.Linear. Or pass"
         )
         attention = isinstance(modules[owner], nn.MultiheadAttention)
         raise NotImplementedError(

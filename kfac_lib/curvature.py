@@ -16,6 +16,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
+from kfac_lib.autodiff import twice_differentiable
 from kfac_lib.fisher import Fisher, require_vectors
 from kfac_lib.flattening import Order, check_order, flatten
 from kfac_lib.losses import Criterion, criterion_of
@@ -76,7 +77,7 @@ def parameter_jacobians(
     """
     check_order(order)
     named = _trainable(model)
-    with torch.enable_grad():
+    with twice_differentiable():
         f = model(X)
     N, C = f.shape[0], f[0].numel()
     joint = _joint_jacobians(f, named, order)
@@ -347,7 +348,7 @@ def _joint_gradients(
 ) -> dict[str, Tensor]:
     """The gradient of the loss for each layer, (1, D_out, D_in [+1]), attached to its graph."""
     named = _trainable(model)
-    with torch.enable_grad():
+    with twice_differentiable():
         loss = _loss(loss_func, model(data[0]), data[1])
         found = torch.autograd.grad(
             loss, list(named.values()), create_graph=True, materialize_grads=True
@@ -396,7 +397,7 @@ def _loss(loss_func: nn.Module | Criterion, f: Tensor, y: Tensor) -> Tensor:
 def _loss_hessian(loss_func: nn.Module | Criterion, f: Tensor, y: Tensor) -> Tensor:
     """Hessian of the loss with respect to each datum's prediction, shape (N, C, C)."""
     f = f.requires_grad_()
-    with torch.enable_grad():
+    with twice_differentiable():
         loss = _loss(loss_func, f, y)
         (gradient,) = torch.autograd.grad(loss, f, create_graph=True)
         # The loss is a sum over data, so the derivative of Σ_n g_n is that of each g_n.

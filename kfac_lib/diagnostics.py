@@ -247,6 +247,11 @@ class Diagnosis(Mapping[str, LayerDiagnosis]):
                 "average. Errors come out too small then, and their bars too short: compare more "
                 "data."
             )
+        if hasattr(self.fisher, "generator"):
+            yield (
+                "The flavour is random: part of each error is the noise of this draw. More vectors "
+                "show how much, or TypeII(), which has none."
+            )
         step = (self.steps or {}).get("KFAC")
         many = _largest_group(self.coupling > COUPLED)
         if many > 2 and (step is None or step.decrease < ENOUGH):
@@ -270,7 +275,7 @@ class Diagnosis(Mapping[str, LayerDiagnosis]):
                 f"{step.best_decrease:.2f} of the exact decrease at the best length): correct the "
                 "eigenvalues, or damp more"
             )
-        if any(_is_nearer(one) for one in self.values()):
+        if any(_is_off(one) and _is_nearer(one) for one in self.values()):
             ways += ", or try the other sharing"
         yield f"On the quadratic model KFAC's step is wrong in its direction too: {ways}."
 
@@ -602,7 +607,7 @@ def _advice(one: LayerDiagnosis) -> Iterator[str]:
         ),
         "neither": (
             f"KFAC is off by {kfac}, and neither EKFAC ({ekfac}) nor any one product ({best}) "
-            f"does much better: {'use it' if one.kfac_error.value <= FAR else 'damp more'}."
+            f"does much better: {_remedy(one)}."
         ),
     }
     verdict = _verdict(one)
@@ -610,7 +615,7 @@ def _advice(one: LayerDiagnosis) -> Iterator[str]:
     if any(_verdict(one, shift) != verdict for shift in (-2.0, 2.0)):
         yield "Two standard errors away the answer is another one: compare more data."
     close = verdict == "close"
-    if not close and not 1 / TRACE < one.trace_ratio < TRACE:
+    if not close and _is_off(one):
         remedy = ""
         if one.positions > 1:
             other = Expand() if isinstance(one.sharing, Reduce) else Reduce()
@@ -639,6 +644,17 @@ def _verdict(one: LayerDiagnosis, shift: float = 0.0) -> str:
     if best <= BETTER * min(ekfac, kfac) and 8 * D**2 <= MAX_MEMORY:
         return "nearest"
     return "EKFAC" if ekfac <= BETTER * kfac else "neither"
+
+
+def _remedy(one: LayerDiagnosis) -> str:
+    """What to do where nothing is much better within this sharing."""
+    if _is_off(one) and _is_nearer(one):
+        return "the sharing is at fault"
+    return "use it" if one.kfac_error.value <= FAR else "damp more"
+
+
+def _is_off(one: LayerDiagnosis) -> bool:
+    return not 1 / TRACE < one.trace_ratio < TRACE
 
 
 def _is_nearer(one: LayerDiagnosis) -> bool:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kfac_lib.autodiff import ggnvp
+from kfac_lib.autodiff import ggnvp, twice_differentiable
 from kfac_lib.coverage import check_per_datum
 from kfac_lib.damping import Exact
 from kfac_lib.losses import Criterion, criterion_of
@@ -69,7 +69,7 @@ def predicted_decrease(
                 f"{tuple(trainable[name].shape)}."
             )
     ((X, y),) = batches([data])
-    with torch.enable_grad():
+    with twice_differentiable():
         f = model(X)
         criterion.check(f, y)
         loss = criterion.reduction_factor(criterion.denominator(f, y)) * criterion.value(f, y)

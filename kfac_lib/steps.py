@@ -10,9 +10,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from kfac_lib.autodiff import ggnvp
+from kfac_lib.autodiff import ggnvp, twice_differentiable
 from kfac_lib.coverage import Coverage
 from kfac_lib.damping import Exact, layer_inverse
 from kfac_lib.gradients import parameters_of
@@ -118,8 +117,7 @@ class QuadraticModel:
     def _sum(self, of_batch: Callable[[Tensor, Tensor, Tensor], Any]) -> Vectors:
         total: Vectors | None = None
         for X, y in batches(self.data):
-            # Of attention only this kernel has second derivatives.
-            with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
+            with twice_differentiable():
                 f = self.model(X)
                 c = self.criterion.value(f, y)
                 found = of_batch(c, f, y)

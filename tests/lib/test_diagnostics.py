@@ -26,8 +26,9 @@ from kfac_lib import (
     diagnose,
 )
 from kfac_lib import pairs as pairs_module
-from kfac_lib.curvature import ggn
+from kfac_lib.curvature import ggn, hessian
 from kfac_lib.pairs import PairSums
+from kfac_lib.quadratic import predicted_decrease
 from kfac_lib.steps import StepComparison
 
 pytestmark = pytest.mark.usefixtures("float64")
@@ -453,6 +454,7 @@ def test_advice_names_the_other_sharing_where_there_are_positions():
     assert (expanded["0"].positions, expanded["0"].sharing) == (7, Expand())
     assert expanded["0"].trace_ratio < 0.5
     assert "try Reduce()" in expanded.advice("0")
+    assert "damp more" not in expanded.advice("0")
     assert 0.5 < reduced["0"].trace_ratio < 2
     assert "sharing" not in reduced.advice("0")
 
@@ -746,20 +748,41 @@ def test_repeated_samples_differ_whatever_the_flavour_draws_from():
     assert len(norms) == 3
 
 
-def test_an_exact_step_through_attention():
+def test_second_derivatives_exist_through_attention():
     class Attention(nn.Module):
-        def __init__(self):
+        def __init__(self, attend):
             super().__init__()
-            self.qkv, self.out = nn.Linear(4, 12), nn.Linear(4, 3)
+            self.attend, self.qkv, self.out = attend, nn.Linear(4, 12), nn.Linear(4, 3)
 
         def forward(self, X):
             q, k, v = self.qkv(X).chunk(3, dim=-1)
-            return self.out(nn.functional.scaled_dot_product_attention(q, k, v)).mean(1)
+            return self.out(self.attend(q, k, v)).mean(1)
 
-    model, X = Attention(), torch.randn(5, 3, 4)
-    found = diagnose(model, CE, (X, labels(CE, model(X))), exact_step=True, damping=Exact(0.1))
-    assert 0 < found.steps["KFAC"].cosine <= 1
+    def by_hand(q, k, v):
+        return (q @ k.mT / q.shape[-1] ** 0.5).softmax(-1) @ v
+
+    fused = Attention(nn.functional.scaled_dot_product_attention)
+    plain = Attention(by_hand)
+    plain.load_state_dict(fused.state_dict())
+    X = torch.randn(5, 3, 4)
+    data = X, labels(CE, fused(X))
+    found, expected = (
+        diagnose(model, CE, data, exact_step=True, damping=Exact(0.1)) for model in (fused, plain)
+    )
+    assert found.steps["KFAC"].cosine == pytest.approx(expected.steps["KFAC"].cosine, rel=1e-6)
     assert "δ = 0.1" in repr(found)
+    for matrix in (ggn, hessian):
+        one, other = (matrix(model, CE, data, order="rvec") for model in (fused, plain))
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-12)
+    h = {name: torch.ones_like(p) for name, p in fused.named_parameters()}
+    promised = [predicted_decrease(model, CE, data, h) for model in (fused, plain)]
+    assert promised[0] == pytest.approx(promised[1], rel=1e-10)
+
+
+def test_a_random_flavour_says_that_its_errors_hold_noise():
+    model, data = population(20)
+    for fisher, said in ((MonteCarlo(1), True), (TypeII(), False)):
+        assert ("noise of this draw" in repr(diagnose(model, CE, data, fisher=fisher))) == said
 
 
 def test_bad_options_are_refused_before_any_work():
