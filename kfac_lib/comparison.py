@@ -114,7 +114,8 @@ class Comparison:
         energies, others = self._energies()
         for name, of_layer in rows.items():
             energies[name].update(of_layer)
-            others[name].update(of_layer)
+            if of_layer.S > 1:
+                others[name].update(of_layer)
         rows = {name: _without_gaps(of_layer) for name, of_layer in rows.items()}
         self._check_squares(rows)
         count = next(iter(rows.values())).count

@@ -147,10 +147,13 @@ class Energies:
         else:
             self._b[-1] += b
         groups: Sequence[Rows] = shared.split()
+        pairs = [(a, b)]
+        if len(groups) > 1:
+            pairs = [(_input_energies(one), one.g.double().square()) for one in groups]
         self._of_groups = self._of_groups or [[0.0, 0.0] for _ in groups]
-        for sums, one in zip(self._of_groups, groups, strict=True):
-            sums[0] += float(_input_energies(one).sum()) if first else 0.0
-            sums[1] += float(one.g.double().square().sum())
+        for sums, (of_inputs, of_outputs) in zip(self._of_groups, pairs, strict=True):
+            sums[0] += float(of_inputs.sum()) if first else 0.0
+            sums[1] += float(of_outputs.sum())
         self.count = self.count.plus(rows.count)
 
     def correlation(self) -> float:
