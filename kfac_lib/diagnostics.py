@@ -256,8 +256,8 @@ class Diagnosis(Mapping[str, LayerDiagnosis]):
         many = _largest_group(self.coupling > COUPLED)
         if many > 2 and (step is None or step.decrease < ENOUGH):
             yield (
-                f"{many} layers are coupled: a block-diagonal step may be about {many} times too "
-                f"long{'' if step else '; see exact_step=True'}."
+                f"{many} layers are coupled: even with exact blocks a step may be about {many} "
+                f"times too long{'' if step else '; see exact_step=True'}."
             )
         if step is None or step.decrease >= ENOUGH:
             return
