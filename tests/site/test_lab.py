@@ -92,7 +92,9 @@ def opened(lab, page):
     page.wait_for_selector(".jp-Notebook-ExecutionIndicator[data-status='idle']")
     cells = nbformat.read(ROOT / "book" / NAME, as_version=4).cells
     page.wait_for_function(
-        "n => document.querySelectorAll('.jp-Notebook .jp-Cell').length === n", arg=len(cells)
+        "n => document.querySelectorAll('.jp-Notebook .jp-Cell').length === n",
+        arg=len(cells),
+        polling=50,
     )
     return zip(cells, page.query_selector_all(".jp-Notebook .jp-Cell"), strict=True)
 
@@ -110,7 +112,7 @@ def run_cell_by_cell(lab, page):
             prompt = box.wait_for_selector(".jp-InputPrompt")
             try:
                 page.wait_for_function(
-                    "prompt => /\\[\\d+\\]/.test(prompt.textContent)", arg=prompt
+                    "prompt => /\\[\\d+\\]/.test(prompt.textContent)", arg=prompt, polling=50
                 )
                 page.wait_for_selector(".jp-Notebook-ExecutionIndicator[data-status='idle']")
             except NotInTime:
@@ -126,8 +128,8 @@ def test_a_chapter_runs_cell_by_cell_and_its_slider_moves_the_picture(lab, brows
     page.set_default_timeout(60_000)
     stuck = run_cell_by_cell(lab, page)
     if stuck:
-        # Now and then a kernel's reply is lost between server and page. A cell that is at
-        # fault itself is stuck in the second kernel too.
+        # Seen once, when the waiting still hung on animation frames, which a page at rest does
+        # not draw. A cell that is at fault itself is stuck in a second kernel too.
         for session in rest(lab, "GET", "sessions"):
             rest(lab, "DELETE", f"sessions/{session['id']}")
         assert not (again := run_cell_by_cell(lab, page)), f"{stuck}\n{again}"
@@ -147,6 +149,7 @@ def test_a_chapter_runs_cell_by_cell_and_its_slider_moves_the_picture(lab, brows
         "([figure, before]) => !!figure.querySelector('.explore-frame img')"
         " && figure.querySelector('.explore-frame img').src !== before",
         arg=[figure, before[0]],
+        polling=50,
     )
     after = figure.query_selector(".explore-frame img").get_attribute("alt")
     assert after != before[1]

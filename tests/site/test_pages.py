@@ -6,6 +6,7 @@ import json
 
 import pytest
 from pages import CHAPTERS, PAGES, SITE, soup
+from playwright.sync_api import TimeoutError as NotInTime
 
 FORMULAS = r"""() => {
   const article = document.querySelector('article');
@@ -90,9 +91,12 @@ def show(page, width: int, scheme: str) -> None:
     page.emulate_media(color_scheme=scheme)
     page.set_viewport_size({"width": width, "height": 800})
     # polling: by default it waits for animation frames, and a page that stands still draws none
-    page.wait_for_function(
-        f"() => document.documentElement.dataset.theme === '{scheme}'", polling=50
-    )
+    shown = f"() => document.documentElement.dataset.theme === '{scheme}'"
+    try:
+        page.wait_for_function(shown, polling=50, timeout=5_000)
+    except NotInTime:
+        page.screenshot()  # forces a frame, and with it the page is told of the scheme
+        page.wait_for_function(shown, polling=50)
     page.wait_for_timeout(300)  # colors fade from one scheme to the other
 
 
