@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from experiments import damping
-from experiments.damping import adaptive_key, batch_key, map_key
+from experiments.damping import adaptive_key, batch_key, clip_key, map_key, new_key
 from experiments.problems import MLP, PROBLEMS, QUADRATIC
 from experiments.stability import stable_rate
 from experiments.store import Cell, Experiment, Store, rounded, run
@@ -122,6 +122,9 @@ def test_the_file_is_small(root):
         map_key("CNN", "Exact", 1e-1, 0.5, 0),
         adaptive_key("MLP", "Exact", 10.0),
         batch_key(16, 0.9, 1e-1, 0.25, 1),
+        new_key("ReLU, 2 layers", "Factored", 1.0, 0.25, 1),
+        new_key("tanh, CNN", "Exact", 10.0, 0.5, 2),
+        clip_key("ReLU, CNN", "Exact", 10.0, 0.01, 0),
     ],
 )
 def test_a_stored_cell_computed_again_is_the_same(key, stored, one_thread):
